@@ -1,0 +1,3 @@
+"""Pretrain models that read and draw images."""
+
+__version__ = "0.1.0"

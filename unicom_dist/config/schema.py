@@ -1,0 +1,252 @@
+"""The configuration: one tree of typed sections, read from a recipe.
+
+Every field says its unit. Unknown keys are refused (`load.py` names the nearest one). Cross-field rules that need more than
+one section are validators of the section that holds both. Imports no torch.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A strict, immutable part of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class DataConfig(Section):
+    """Image-text pairs and where their shards are."""
+
+    source: str = Field("fluent-emoji", description="`fluent-emoji`, a folder, a .csv/.jsonl/.parquet table, or a glob of tars")
+    path: str = Field("data/fluent-emoji", description="folder of the shard sets train/, augmented/ and heldout/")
+    image_px: PositiveInt = Field(256, description="longest side of the stored images, pixels")
+    held_out: Fraction = Field(0.08, description="share of the keys kept for evaluation, chosen by key hash")
+    augmented_views: int = Field(0, ge=0, description="further views per training image (background, scale, shift, flip)")
+    shard_samples: PositiveInt = Field(512, description="samples per tar")
+    languages: list[str] = Field(["en"], description="CLDR languages the captions are taken from")
+    limit: int = Field(0, ge=0, description="use only the first N images of the source; 0 = all")
+    max_bad_fraction: Fraction = Field(0.01, description="stop when more than this share of the samples is malformed")
+
+
+class EncoderConfig(Section):
+    """The frozen image encoder."""
+
+    kind: Literal["siglip2", "efficientnet-lite2", "random"] = Field("siglip2", description="`random` is for tests only")
+    path: str = Field("", description="folder or hub id of the published weights")
+    image_px: PositiveInt = Field(256, description="side of the square view for encoders with a fixed grid, pixels")
+    max_patches: PositiveInt = Field(1024, description="most patches per image (NaFlex encoders keep the aspect ratio)")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward pass")
+    batch: PositiveInt = Field(32, description="images per forward pass")
+
+
+class FeaturesConfig(Section):
+    """The Ray job that writes feature tars."""
+
+    workers: int = Field(0, ge=0, description="Ray actors; 0 = one per GPU, or one per core without GPUs")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="stored precision")
+
+
+class CompressorConfig(Section):
+    """Channels narrowed, tokens kept."""
+
+    kind: Literal["attention", "mlp", "identity"] = "attention"
+    channels: PositiveInt = Field(64, description="latent channels d")
+    heads: PositiveInt = Field(18, description="attention heads")
+    attention_width: int = Field(0, ge=0, description="total width of q, k and v; 0 = the wider of input and output")
+    mlp_ratio: NonNegative = Field(2.0, description="hidden width of the gated MLP over the output width; 0 = no MLP")
+
+
+class DecoderConfig(Section):
+    """FLUX-style diffusion decoder over pixel patches."""
+
+    image_px: PositiveInt = Field(64, description="side of the decoded image, pixels")
+    patch_px: PositiveInt = Field(4, description="side of a patch, pixels")
+    double_blocks: int = Field(2, ge=0, description="blocks with separate image and token streams")
+    single_blocks: int = Field(4, ge=0, description="blocks with one joint stream")
+    heads: PositiveInt = 4
+    head_dim: PositiveInt = Field(64, description="channels per head; width = heads x head_dim")
+    rope_axes: tuple[int, int, int] = Field((16, 24, 24), description="rotary channels per axis, sum = head_dim")
+    prediction: Literal["velocity", "clean"] = Field("velocity", description="what the network outputs")
+    token_positions: Literal["zero", "grid"] = Field("grid", description="rotary ids of the semantic tokens")
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.image_px % self.patch_px:
+            raise ValueError(f"image_px = {self.image_px} is not a multiple of patch_px = {self.patch_px}")
+        if sum(self.rope_axes) != self.head_dim:
+            raise ValueError(f"rope_axes = {self.rope_axes} must sum to head_dim = {self.head_dim}")
+        return self
+
+
+class CodecConfig(Section):
+    """Compressor, decompressor and decoder, and the loss that trains them together."""
+
+    compressor: CompressorConfig = CompressorConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    latent_noise_tau: NonNegative = Field(0.0, description="decoder sees latents plus noise of std tau x U(0, 1), in latent stds")
+    perceptual: Literal["none", "lpips-alex", "lpips-vgg"] = "lpips-alex"
+    perceptual_path: str = Field("assets/lpips", description="folder of the perceptual networks' safetensors")
+    perceptual_weight: NonNegative = Field(0.5, description="lambda of the perceptual term")
+    perceptual_min_t: Fraction = Field(0.5, description="the perceptual term looks only at samples with t >= this (low noise)")
+    timestep: Literal["uniform", "logit-normal"] = "uniform"
+    timestep_shift: float = Field(1.0, gt=0, description="s in t' = 1 - s(1-t)/(1+(s-1)(1-t)); > 1 means more noise")
+
+
+class PriorConfig(Section):
+    """The Transfusion backbone (Qwen2.5 architecture) and its flow head."""
+
+    init_from: str = Field("", description="folder of published Qwen2.5 weights; empty = random initialisation")
+    tokenizer: str = Field("assets/qwen2.5-tokenizer", description="folder of the Qwen2.5 tokenizer")
+    vocabulary: Literal["full", "trimmed"] = Field("full", description="`trimmed` keeps the ids of the training captions and all single bytes")
+    hidden: PositiveInt = Field(896, description="model width")
+    layers: PositiveInt = 24
+    heads: PositiveInt = Field(14, description="query heads")
+    kv_heads: PositiveInt = 2
+    ffn: PositiveInt = Field(4864, description="width of the gated MLP")
+    rope_theta: float = Field(1e6, gt=0)
+    norm_eps: float = Field(1e-6, gt=0)
+    tie_embeddings: bool = True
+    max_grid: PositiveInt = Field(64, description="latent rows and columns covered by the 2-D position table")
+    timestep: Literal["uniform", "logit-normal"] = "uniform"
+    timestep_shift: float = Field(1.0, gt=0, description="as codec.timestep_shift")
+    condition_dropout: Fraction = Field(0.1, description="share of text-to-image samples trained without their caption")
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError(f"hidden = {self.hidden} must be an even multiple of heads = {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = {self.kv_heads}")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the ranks share the model and the data."""
+
+    nproc: PositiveInt = Field(1, description="processes started on this machine")
+    zero_stage: Literal[0, 3] = Field(3, description="0 = plain replicas, 3 = DeepSpeed ZeRO-3")
+    threads: int = Field(0, ge=0, description="CPU threads per rank; 0 = cores / nproc")
+    timeout_s: PositiveInt = Field(600, description="a collective that takes longer than this ends the run, seconds")
+
+
+class Mixture(Section):
+    """Sampling weights of the tasks of a prior stage; any positive numbers, normalised to shares of samples."""
+
+    text: NonNegative = 0.0
+    text_to_image: NonNegative = 0.0
+    image_to_text: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.text + self.text_to_image + self.image_to_text <= 0:
+            raise ValueError("at least one task needs a positive weight")
+        return self
+
+
+class StageConfig(Section):
+    """One step of the curriculum."""
+
+    name: str = Field(description="unique; the run directory's subfolders are named after it", pattern=r"^[a-z][a-z0-9_-]*$")
+    kind: Literal["codec", "latents", "prior"]
+    steps: int = Field(0, ge=0, description="optimizer steps; a latents stage has none")
+    batch: PositiveInt = Field(32, description="codec: images per optimizer step over all ranks; prior: packed rows per step")
+    micro_batches: PositiveInt = Field(1, description="pieces a rank cuts its share of the step into")
+    row_positions: PositiveInt = Field(1024, description="prior: positions per packed row")
+    mixture: Mixture = Mixture(text_to_image=1.0)
+    lr: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr_ratio: Fraction = Field(0.0, description="cosine: final learning rate over lr")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: NonNegative = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-6, gt=0)
+    clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 = no clipping")
+    ema: Fraction = Field(0.999, description="decay of the weight average; 0 = none")
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    lambda_text: NonNegative = 1.0
+    lambda_flow: NonNegative = 5.0
+    trainable: Literal["all", "connector"] = Field("all", description="prior: all weights or only the visual connector and heads")
+    log_every: PositiveInt = Field(10, description="steps between metric records")
+    eval_every: int = Field(0, ge=0, description="steps between held-out losses at fixed t; 0 = only at the end")
+    sample_every: int = Field(0, ge=0, description="steps between picture grids; 0 = only at the end")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = only at the end")
+
+    @model_validator(mode="after")
+    def _steps(self) -> Self:
+        if (self.kind == "latents") != (self.steps == 0):
+            raise ValueError(f"stage {self.name!r}: a {self.kind} stage needs steps {'= 0' if self.kind == 'latents' else '> 0'}")
+        if self.warmup > self.steps:
+            raise ValueError(f"stage {self.name!r}: warmup = {self.warmup} exceeds steps = {self.steps}")
+        return self
+
+
+class SampleConfig(Section):
+    """How pictures are drawn, during training and by `unicom sample`."""
+
+    prompts: list[str] = Field(["red apple", "cat face", "blue heart", "rocket"], description="drawn in every picture grid")
+    steps: PositiveInt = Field(25, description="solver steps of the prior")
+    guidance: NonNegative = Field(3.0, description="v = v_uncond + guidance (v_cond - v_uncond)")
+    decoder_steps: PositiveInt = Field(8, description="solver steps of the decoder")
+    solver: Literal["euler", "heun"] = "euler"
+    seed: int = 0
+
+
+class EvalConfig(Section):
+    """What `unicom eval --suite quick` needs."""
+
+    judge_path: str = Field("assets/resnet50", description="folder of the ResNet50 that judges generated pictures")
+    lpips_path: str = Field("assets/lpips", description="folder of the LPIPS networks")
+    images: PositiveInt = Field(64, description="held-out images reconstructed")
+    prompts: PositiveInt = Field(64, description="training captions drawn and judged by nearest prototype")
+    fixed_t: list[Fraction] = Field([0.1, 0.3, 0.5, 0.7, 0.9], description="times at which the flow loss is measured")
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    mlflow: bool = True
+    mlflow_uri: str = Field("", description="tracking URI; empty = MLFLOW_TRACKING_URI, else sqlite in the run directory's parent")
+    experiment: str = "unicom"
+
+
+class Config(Section):
+    """A recipe."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    run_dir: str = Field(description="everything the run writes")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept per stage")
+    data: DataConfig = DataConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    codec: CodecConfig = CodecConfig()
+    prior: PriorConfig = PriorConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    stages: list[StageConfig] = Field(default_factory=list)
+    sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _stages(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must be unique, got {names}")
+        for stage in self.stages:
+            share = self.parallel.nproc * stage.micro_batches
+            if stage.kind != "latents" and stage.batch % share:
+                raise ValueError(
+                    f"stage {stage.name!r}: batch = {stage.batch} does not divide into "
+                    f"nproc x micro_batches = {self.parallel.nproc} x {stage.micro_batches} equal pieces"
+                )
+        return self
+
+    def stage(self, name: str) -> StageConfig:
+        """The stage called `name`; KeyError if there is none."""
+        return {stage.name: stage for stage in self.stages}[name]
