@@ -1,7 +1,7 @@
 """The configuration: one tree of typed sections, read from a recipe.
 
-Every field says its unit. Unknown keys are refused (`load.py` names the nearest one). Cross-field rules that need more than
-one section are validators of the section that holds both. Imports no torch.
+Every field says its unit. Unknown keys are refused (`load.py` names the nearest one). Cross-field rules that need more than one
+section are validators of the section that holds both. Imports no torch.
 """
 
 from typing import Annotated, Literal, Self
