@@ -1,0 +1,67 @@
+"""What a packed batch holds: samples laid end to end on one axis, and the segments that say who sees whom.
+
+A packed row holds several samples; several rows are simply more samples on the same axis, because segments never cross
+samples.
+Shapes: S positions, T text tokens, Y labels, N noised latents of d channels, M understanding features of D channels.
+Empty modalities are zero-length tensors, never None, so that every rank runs every part of the model.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Mode = Literal["causal", "full", "noise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`length` consecutive positions of one sample that share a visibility mode.
+
+    causal: text, a position sees what is not later. full: a clean image, its positions see each other.
+    noise: latents being denoised, they see each other and nobody else sees them.
+    """
+
+    sample: int
+    mode: Mode
+    length: int
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One or several packed rows on a single axis of S positions.
+
+    Positions of one sample are consecutive and its segments are in order; `sum(segment lengths) == S`.
+    Every position is a text token, a noised latent or a feature: `token_index`, `latent_index` and `feature_index`
+    partition `range(S)`. `label_index` may repeat positions that hold tokens: their hidden state predicts `label_ids`.
+    """
+
+    segments: list[Segment]
+    rope_positions: Tensor  # [S] int64, restarts at 0 per sample, all positions of one image share one id
+    token_ids: Tensor  # [T] int64
+    token_index: Tensor  # [T] int64
+    label_index: Tensor  # [Y] int64
+    label_ids: Tensor  # [Y] int64
+    latents: Tensor  # [N, d] clean and normalised
+    noise: Tensor  # [N, d]
+    t: Tensor  # [N], one value per image, repeated; t = 1 is data
+    latent_index: Tensor  # [N] int64
+    latent_grid: Tensor  # [N, 2] int64, (row, column)
+    features: Tensor  # [M, D] raw encoder features
+    feature_index: Tensor  # [M] int64
+    feature_grid: Tensor  # [M, 2] int64
+    keys: list[str]  # per sample
+    tasks: list[str]  # per sample
+    label_sample: Tensor  # [Y] int64, sample number of each label
+    latent_sample: Tensor  # [N] int64
+
+    @property
+    def num_positions(self) -> int:
+        """S."""
+        return self.rope_positions.shape[0]
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """A copy whose tensors are on `device`; dtypes are kept (the model casts at its border)."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.type is Tensor}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
