@@ -1,7 +1,8 @@
 """How close two pictures are: PSNR and SSIM, one value per picture.
 
-Pictures are [B, 3, H, W] in [0, 1]. Averages are taken outside: the mean of the PSNRs, not the PSNR of the mean error. LPIPS is `unicom_dist.objective.perceptual.Lpips`; evaluation uses the VGG trunk where training used the
-AlexNet one, so that a model is not judged by the network that trained it.
+Pictures are [B, 3, H, W] in [0, 1]. Averages are taken outside: the mean of the PSNRs, not the PSNR of the mean error.
+LPIPS is `unicom_dist.objective.perceptual.Lpips`; evaluation uses the VGG trunk where training used the AlexNet one, so
+that a model is not judged by the network that trained it.
 """
 
 import torch

@@ -1,8 +1,7 @@
 """Pictures in a labelled grid: what it shows stands above each picture, wrapped to its width.
 
 Drawn with Pillow and its built-in font alone, so that it looks the same on every machine. That font has Latin letters
-only;
-others show as boxes.
+only; others show as boxes.
 """
 
 import math
