@@ -1,8 +1,8 @@
 """A shard set: the shards of one folder and what was computed from them, joined by key, reachable by sample number.
 
 `ShardSet("data/emoji/train", {"siglip2": "data/emoji/train", "latent": "runs/a/latents/train"})` reads
-`name-000000.tar`, `name-000000.siglip2.tar` and `name-000000.latent.tar` side by side. A computed part keeps the order of
-the images and may lack some of them (an image the encoder could not read); any other difference is refused.
+`name-000000.tar`, `name-000000.siglip2.tar` and `name-000000.latent.tar` side by side. A computed part keeps the order
+of the images and may lack some of them (an image the encoder could not read); any other difference is refused.
 Shards are opened when first needed, so that opening a set costs one manifest per part.
 """
 

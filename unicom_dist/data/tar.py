@@ -1,8 +1,8 @@
 """Shards: plain ustar archives with a side index, written whole or not at all and read through a memory map.
 
 A sample is a run of neighbouring members that share a key: `KEY.webp`, `KEY.json`. The key ends at the first dot, as in
-WebDataset, whose tools read these files. The side index `name.tar.idx` (JSON: keys, and per extension the offsets and sizes
-of the contents) makes any sample reachable without scanning; it is a cache and is rebuilt when missing or stale.
+WebDataset, whose tools read these files. The side index `name.tar.idx` (JSON: keys, and per extension the offsets and
+sizes of the contents) makes any sample reachable without scanning; it is a cache and is rebuilt when missing or stale.
 Equal contents give equal bytes: owner and time stamps are zero.
 """
 
@@ -91,7 +91,7 @@ def _header(name: bytes, size: int) -> bytearray:
 
 
 class ShardWriter:
-    """Writes one shard. Use as a context manager: the shard appears under `path` only if the block ends without an error.
+    """Writes one shard, as a context manager: it appears under `path` only if the block ends without an error.
 
     After closing, `entry` holds the counts and digest for the manifest.
     """
