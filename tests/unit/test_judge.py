@@ -1,0 +1,56 @@
+"""Nearest-prototype judge. One process, milliseconds."""
+
+import pytest
+import torch
+
+from unicom_dist.evaluate.judge import build_prototypes, correct_within
+
+
+def test_every_real_picture_is_nearest_to_its_own_prototype():
+    features = torch.randn(20, 8) + 5
+    captions = [f"thing {i}" for i in range(20)]
+    assert build_prototypes(features, captions).ranks(features, captions).tolist() == [0] * 20
+
+
+def test_centring_removes_what_all_pictures_share():
+    # Without centring a huge common direction makes all cosines about 1 and drowns the differences in brightness.
+    different = torch.eye(4)
+    common = torch.full((4, 4), 1000.0)
+    captions = ["a", "b", "c", "d"]
+    prototypes = build_prototypes(different + common, captions)
+    assert prototypes.ranks(0.2 * different + common, captions).tolist() == [0] * 4
+
+
+def test_rank_counts_the_nearer_prototypes():
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    prototypes = build_prototypes(features, ["a", "b", "c"])
+    probe = torch.tensor([[0.9, 0.3]])
+    assert [prototypes.ranks(probe, [caption]).item() for caption in "abc"] == [0, 1, 2]
+
+
+def test_pictures_of_one_caption_are_averaged():
+    features = torch.tensor([[2.0, 0.0], [0.0, 2.0], [-3.0, -3.0]])
+    prototypes = build_prototypes(features, ["a", "a", "b"])
+    assert prototypes.captions == ["a", "b"]
+    torch.testing.assert_close(prototypes.centre, torch.tensor([-1.0, -1.0]))
+    assert prototypes.chance == 0.5
+
+
+def test_a_constant_feature_is_never_right_by_a_tie():
+    # A collapsed model whose feature equals the centre is equally far from everything.
+    prototypes = build_prototypes(torch.eye(5), list("abcde"))
+    ranks = prototypes.ranks(prototypes.centre.repeat(5, 1), list("abcde"))
+    assert correct_within(ranks, 1).sum() == 0
+
+
+def test_top_k_grows_with_k():
+    ranks = torch.tensor([0, 3, 7])
+    assert correct_within(ranks, 1).tolist() == [1, 0, 0]
+    assert correct_within(ranks, 5).tolist() == [1, 1, 0]
+
+
+def test_unknown_and_single_captions_are_refused():
+    with pytest.raises(ValueError, match="two different captions"):
+        build_prototypes(torch.eye(2), ["a", "a"])
+    with pytest.raises(KeyError):
+        build_prototypes(torch.eye(2), ["a", "b"]).ranks(torch.eye(2)[:1], ["c"])
