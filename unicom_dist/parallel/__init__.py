@@ -1,0 +1,1 @@
+"""Ranks, engines and everything that communicates between them. The only package that imports DeepSpeed."""
