@@ -12,10 +12,28 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
+class Unworkable(ValueError):
+    """Values that are fine one by one but cannot work together: what, why, and what would."""
+
+    def __init__(self, what: str, why: str, remedy: str) -> None:
+        super().__init__(f"{what}: {why}; {remedy}")
+        self.parts = (what, why, remedy)
+
+
 class Section(BaseModel):
     """A strict, immutable part of the configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, allow_inf_nan=False)
+
+
+def _multiples(value: int, unit: int) -> str:
+    """The multiples of `unit` next to `value`, for error texts."""
+    below = value // unit * unit
+    return " or ".join(str(number) for number in (below, below + unit) if number > 0)
+
+
+def _divisors(value: int) -> str:
+    return ", ".join(str(number) for number in range(1, value + 1) if value % number == 0)
 
 
 class DataConfig(Section):
@@ -56,7 +74,8 @@ class CompressorConfig(Section):
     kind: Literal["attention", "mlp", "identity"] = "attention"
     channels: PositiveInt = Field(64, description="latent channels d")
     heads: PositiveInt = Field(18, description="attention heads")
-    attention_width: int = Field(0, ge=0, description="total width of q, k and v; 0 = the wider of input and output")
+    attention_width: int = Field(0, ge=0, description="total width of q, k and v; 0 = the wider of input and output, heads averaged when narrowing")
+    expanded: int = Field(0, ge=0, description="channels the decompressor widens to; 0 = the encoder's channels")
     mlp_ratio: NonNegative = Field(2.0, description="hidden width of the gated MLP over the output width; 0 = no MLP")
 
 
@@ -77,9 +96,19 @@ class DecoderConfig(Section):
     @model_validator(mode="after")
     def _divisible(self) -> Self:
         if self.image_px % self.patch_px:
-            raise ValueError(f"image_px = {self.image_px} is not a multiple of patch_px = {self.patch_px}")
+            raise Unworkable(
+                f"image_px = {self.image_px}",
+                f"it is not a multiple of patch_px = {self.patch_px}",
+                f"use {_multiples(self.image_px, self.patch_px)}, or another patch_px",
+            )
         if sum(self.rope_axes) != self.head_dim:
-            raise ValueError(f"rope_axes = {self.rope_axes} must sum to head_dim = {self.head_dim}")
+            raise Unworkable(
+                f"rope_axes = {list(self.rope_axes)}",
+                f"the rotary channels sum to {sum(self.rope_axes)}, not to head_dim = {self.head_dim}",
+                f"use even numbers that sum to {self.head_dim}",
+            )
+        if any(axis % 2 or axis < 2 for axis in self.rope_axes):
+            raise Unworkable(f"rope_axes = {list(self.rope_axes)}", "rotary channels come in pairs", "use even numbers >= 2")
         return self
 
 
@@ -120,9 +149,17 @@ class PriorConfig(Section):
     @model_validator(mode="after")
     def _heads(self) -> Self:
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ValueError(f"hidden = {self.hidden} must be an even multiple of heads = {self.heads}")
+            raise Unworkable(
+                f"hidden = {self.hidden}",
+                f"rotary embedding needs an even number of channels per head, and there are {self.heads} heads",
+                f"use {_multiples(self.hidden, 2 * self.heads)}, or another number of heads",
+            )
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = {self.kv_heads}")
+            raise Unworkable(
+                f"kv_heads = {self.kv_heads}",
+                f"every key-value head serves equally many of the {self.heads} query heads",
+                f"use one of {_divisors(self.heads)}",
+            )
         return self
 
 
@@ -145,7 +182,7 @@ class Mixture(Section):
     @model_validator(mode="after")
     def _some(self) -> Self:
         if self.text + self.text_to_image + self.image_to_text <= 0:
-            raise ValueError("at least one task needs a positive weight")
+            raise Unworkable("all weights are 0", "there is nothing to draw from", "give at least one task a positive weight")
         return self
 
 
@@ -180,9 +217,18 @@ class StageConfig(Section):
     @model_validator(mode="after")
     def _steps(self) -> Self:
         if (self.kind == "latents") != (self.steps == 0):
-            raise ValueError(f"stage {self.name!r}: a {self.kind} stage needs steps {'= 0' if self.kind == 'latents' else '> 0'}")
+            need = "no optimizer steps" if self.kind == "latents" else "optimizer steps"
+            raise Unworkable(
+                f"steps = {self.steps}",
+                f"a {self.kind} stage has {need}",
+                "remove `steps`" if self.kind == "latents" else "set steps >= 1",
+            )
         if self.warmup > self.steps:
-            raise ValueError(f"stage {self.name!r}: warmup = {self.warmup} exceeds steps = {self.steps}")
+            raise Unworkable(
+                f"warmup = {self.warmup}",
+                f"the stage ends after steps = {self.steps}, before the learning rate is reached",
+                f"use warmup <= {self.steps}",
+            )
         return self
 
 
@@ -237,13 +283,14 @@ class Config(Section):
     def _stages(self) -> Self:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
-            raise ValueError(f"stage names must be unique, got {names}")
+            raise Unworkable(f"stages = {names}", "folders and overrides are named after stages", "give each stage its own name")
         for stage in self.stages:
             share = self.parallel.nproc * stage.micro_batches
             if stage.kind != "latents" and stage.batch % share:
-                raise ValueError(
-                    f"stage {stage.name!r}: batch = {stage.batch} does not divide into "
-                    f"nproc x micro_batches = {self.parallel.nproc} x {stage.micro_batches} equal pieces"
+                raise Unworkable(
+                    f"stages.{stage.name}.batch = {stage.batch}",
+                    f"it does not divide into parallel.nproc x micro_batches = {self.parallel.nproc} x {stage.micro_batches} equal pieces",
+                    f"use {_multiples(stage.batch, share)}",
                 )
         return self
 
