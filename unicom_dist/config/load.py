@@ -36,9 +36,11 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Load
     """Read a recipe and everything it is based on, then apply `key=value` overrides in order. ConfigError."""
     path = find_recipe(path_or_name)
     tree = _read_chain(path, [])
+    recorded = dict(trees.leaves(tree.pop("origins", {})))  # a run's config.yaml says where its values came from
     for override in overrides:
         tree = _override(tree, override)
     origins = {key: leaf.origin for key, leaf in trees.leaves(tree)}
+    origins |= {key: str(leaf.value) for key, leaf in recorded.items() if origins.get(key, "") != COMMAND_LINE}
     try:
         # JSON mode: strict about types, and yet lists may stand for tuples.
         config = Config.model_validate_json(json.dumps(trees.plain(tree)), strict=True)

@@ -122,12 +122,10 @@ def _field(loc: tuple[int | str, ...]) -> FieldInfo | None:
 
 def _nearest_key(name: str, parent: str, known: list[str]) -> str:
     prefix = f"{parent}." if parent else ""
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    if near:
-        return f"did you mean {prefix}{near[0]}?"
+    near = [prefix + match for match in difflib.get_close_matches(name, known, 1, 0.6)]
     elsewhere = [key for key, _ in known_keys() if key.rsplit(".", 1)[-1] == name]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere[:3])}?"
+    if near or elsewhere:
+        return f"did you mean {' or '.join([*near, *elsewhere][:3])}?"
     return f"known here: {', '.join(known)}"
 
 
@@ -136,8 +134,8 @@ def _remedy(field: FieldInfo | None, item: ErrorDetails) -> str:
         return ""
     choices = [str(choice) for choice in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
     near = difflib.get_close_matches(str(item["input"]), choices, 1, 0.5)
-    parts = [f"did you mean {near[0]}?" if near else "", f"one of {', '.join(choices)}" if choices else ""]
-    parts.append(field.description or "")
+    parts = [f"did you mean {near[0]}" if near else "", f"one of {', '.join(choices)}" if choices else ""]
+    parts.append(f"it means: {field.description}" if field.description else "")
     if not field.is_required() and field.default_factory is None and not sections(field.annotation):
         parts.append(f"default {field.default!r}")
     return "; ".join(part for part in parts if part)
