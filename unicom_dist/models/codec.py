@@ -1,4 +1,4 @@
-"""The semantic codec's batch and the statistics of its latents.
+"""The semantic codec: compressor, decompressor and pixel decoder, its batch, and the statistics of its latents.
 
 Shapes: B images of H x W pixels, n tokens of D encoder channels (padded; `mask` marks real ones), d latent channels.
 Time: t = 1 is data, z_t = t z1 + (1 - t) eps, v = z1 - eps.
@@ -8,7 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from unicom_dist.config.schema import CodecConfig
+from unicom_dist.models.compressor import Compressor, Decompressor
+from unicom_dist.models.decoder import PixelDecoder
+from unicom_dist.models.flow import clean_from_velocity, interpolate
+from unicom_dist.models.init import initialise
 
 
 @dataclass(slots=True)
@@ -75,3 +81,59 @@ class LatentStats:
         if not count:
             raise ValueError("statistics of no latents")
         return cls(mean.float(), (moment / count).sqrt().clamp_min(floor).float())
+
+
+class Codec(nn.Module):
+    """Features to latents (`encode`), latents to the velocity of pixels (`decode_velocity`), both to train (`forward`).
+
+    Latents are un-normalised here; `LatentStats` belongs to the prior. `seed` alone decides the initial weights.
+    """
+
+    def __init__(self, config: CodecConfig, encoder_channels: int, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder_channels = encoder_channels
+        self.compressor = Compressor(config.compressor, encoder_channels)
+        self.decompressor = Decompressor(config.compressor, encoder_channels)
+        self.decoder = PixelDecoder(config.decoder, config.compressor.expanded or encoder_channels)
+        initialise(self, seed)
+        self.decoder.reset()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, in which everything between the borders is computed."""
+        return next(self.decoder.parameters()).dtype
+
+    def encode(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Latents [B, n, d] (weights' dtype, padding zero) of features [B, n, D]; mask [B, n], True = a real token."""
+        latents: Tensor = self.compressor(features.to(self.dtype), mask)
+        return latents
+
+    def decode_velocity(
+        self, z_t: Tensor, t: Tensor, latents: Tensor, grid: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Velocity [B, 3, H, W] float32 at z_t [B, 3, H, W] and t [B], given latents [B, n, d] at grid [B, n, 2]."""
+        tokens = self.decompressor(latents.to(self.dtype), mask)
+        velocity: Tensor = self.decoder(z_t, t, tokens, grid, mask)
+        return velocity
+
+    def forward(self, batch: CodecBatch) -> tuple[Tensor, Tensor]:
+        """Velocity and clean estimate, both [B, 3, H, W] float32.
+
+        The decoder reads latents disturbed by `latent_noise_level` standard deviations of the image's own latents, so
+        that it later forgives a prior's errors. Ref: RAE, noise-augmented decoding.
+        """
+        latents = self.encode(batch.features, batch.mask)
+        level = (batch.latent_noise_level * spread_of(latents.detach(), batch.mask)).to(latents.dtype)
+        latents = latents + level[:, None, None] * batch.latent_noise.to(latents.dtype)
+        z_t = interpolate(batch.images.float(), batch.noise.float(), batch.t.float())
+        velocity = self.decode_velocity(z_t, batch.t, latents, batch.grid, batch.mask)
+        return velocity, clean_from_velocity(z_t, velocity, batch.t)
+
+
+def spread_of(latents: Tensor, mask: Tensor) -> Tensor:
+    """Standard deviation [B] over the real tokens and all channels of each image, whatever else the batch holds."""
+    wide, weight = latents.float(), mask[..., None].float()
+    count = (weight.sum((1, 2)) * latents.shape[-1]).clamp_min(1)
+    mean = (wide * weight).sum((1, 2)) / count
+    return ((wide - mean[:, None, None]).square() * weight).sum((1, 2)).div(count).sqrt()

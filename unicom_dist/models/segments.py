@@ -34,7 +34,7 @@ class PackedBatch:
 
     Positions of one sample are consecutive and its segments are in order; `sum(segment lengths) == S`.
     Every position is a text token, a noised latent or a feature: `token_index`, `latent_index` and `feature_index`
-    partition `range(S)`. `label_index` may repeat positions that hold tokens: their hidden state predicts `label_ids`.
+    partition `range(S)`. `label_index` are distinct positions: their hidden states predict `label_ids`.
     """
 
     segments: list[Segment]

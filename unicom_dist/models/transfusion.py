@@ -1,0 +1,148 @@
+"""The prior: one transformer that reads text and image features, predicts text, and denoises image latents.
+
+Text enters by the embedding, raw image features by a two-layer connector, noised latents by a linear map plus
+embeddings of time and place. The language head reads the labels' positions, the flow head the latents'. Every tower
+runs on every batch, also on zero rows, so that ranks with different modalities stay in step.
+Shapes as in `segments.py`: S positions, T tokens, Y labels, N latents of d channels, M features of D channels, h width.
+Time: t = 1 is data. Ref: UniCom arXiv 2603.10702, section 3.3.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unicom_dist.config.errors import ConfigError, DataError
+from unicom_dist.config.schema import PriorConfig
+from unicom_dist.models.attention import Attend, AttentionPlan, rearrange
+from unicom_dist.models.backbone import Qwen2
+from unicom_dist.models.flow import interpolate
+from unicom_dist.models.init import initialise
+from unicom_dist.models.layers import RMSNorm, TimeEmbedding, at_grid, grid_table
+from unicom_dist.models.segments import PackedBatch
+
+
+class Take(torch.autograd.Function):
+    """x[index] for distinct indices; the backward pass writes rows instead of accumulating them one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        """x [S, h] -> [len(index), h]."""
+        ctx.save_for_backward(index)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Zeros but for the rows taken."""
+        (index,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.rows, grads[0].shape[1]).index_copy_(0, index, grads[0]), None
+
+
+class Connector(nn.Module):
+    """Raw encoder features to the backbone's width: Linear, GELU, Linear."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.lift = nn.Linear(features, width)
+        self.act = nn.GELU()
+        self.out = nn.Linear(width, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[M, D] -> [M, h]."""
+        out: Tensor = self.out(self.act(self.lift(features)))
+        return out
+
+
+class FlowHead(nn.Module):
+    """Velocity from hidden states; starts at zero, as a fresh model knows nothing."""
+
+    def __init__(self, width: int, channels: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, eps)
+        self.out = nn.Linear(width, channels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, h] -> [N, d]."""
+        velocity: Tensor = self.out(self.norm(hidden))
+        return velocity
+
+
+class Transfusion(nn.Module):
+    """Backbone, the ways in and the ways out. `seed` alone decides the initial weights.
+
+    Raises: ConfigError if the width does not fit the position table.
+    """
+
+    places: Tensor
+
+    def __init__(
+        self, config: PriorConfig, vocab_size: int, latent_channels: int, feature_channels: int, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if config.hidden % 4:
+            raise ConfigError(
+                f"prior.hidden = {config.hidden}",
+                "the 2-D position table needs sines and cosines of rows and columns: a multiple of 4",
+                f"prior.hidden = {config.hidden // 4 * 4} or {config.hidden // 4 * 4 + 4}",
+            )
+        self.config = config
+        self.latent_channels, self.feature_channels = latent_channels, feature_channels
+        self.backbone = Qwen2(config, vocab_size, seed, "backbone.")
+        self.latent_in = nn.Linear(latent_channels, config.hidden)
+        self.time = TimeEmbedding(config.hidden)
+        self.connector = Connector(feature_channels, config.hidden)
+        self.flow_head = FlowHead(config.hidden, latent_channels, config.norm_eps)
+        for name in ("latent_in", "time", "connector", "flow_head"):
+            initialise(getattr(self, name), seed, prefix=f"{name}.")
+        nn.init.zeros_(self.flow_head.out.weight)
+        self.register_buffer("places", grid_table(config.max_grid, config.hidden), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, in which everything between the borders is computed."""
+        return self.latent_in.weight.dtype
+
+    def train_only(self, part: Literal["all", "connector"]) -> None:
+        """Choose what the optimizer may move: everything, or the ways in and out of the images alone."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(part == "all" or not name.startswith("backbone."))
+
+    def place(self, grid: Tensor) -> Tensor:
+        """Position vectors [..., h] of (row, column) [..., 2]. DataError beyond `max_grid` (checked on CPU tensors)."""
+        if grid.device.type == "cpu" and grid.numel() and int(grid.max()) >= self.config.max_grid:
+            raise DataError(
+                f"an image grid reaches row or column {int(grid.max())}",
+                f"the position table covers prior.max_grid = {self.config.max_grid}",
+                f"prior.max_grid = {int(grid.max()) + 1} or more, or encoder.max_patches smaller",
+            )
+        return at_grid(self.places.to(self.dtype), grid)
+
+    def embed_latents(self, z_t: Tensor, t: Tensor, grid: Tensor) -> Tensor:
+        """Input vectors [..., h] of noised latents z_t [..., d] at times t [...] and places [..., 2]."""
+        vectors: Tensor = self.latent_in(z_t.to(self.dtype)) + self.time(t) + self.place(grid)
+        return vectors
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """Input vectors [S, h] of all positions."""
+        text = self.backbone.model.embed_tokens(batch.token_ids)
+        z_t = interpolate(batch.latents.float(), batch.noise.float(), batch.t.float())
+        latents = self.embed_latents(z_t, batch.t, batch.latent_grid)
+        features = self.connector(batch.features.to(self.dtype)) + self.place(batch.feature_grid)
+        where = torch.cat([batch.token_index, batch.latent_index, batch.feature_index])
+        back = torch.empty_like(where)
+        back[where] = torch.arange(where.shape[0], device=where.device)
+        return rearrange(torch.cat([text, latents, features]), back, where)
+
+    def hidden(self, batch: PackedBatch, attend: Attend) -> Tensor:
+        """Hidden states [S, h] after the final norm."""
+        hidden: Tensor = self.backbone.model(self.embed(batch), batch.rope_positions, attend)
+        return hidden
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Logits [Y, V] at the labels (weights' dtype) and velocity [N, d] at the latents (float32)."""
+        plan = AttentionPlan.build(batch.segments, self.dtype, batch.rope_positions.device)
+        hidden = self.hidden(batch, plan)
+        rows = Take.apply(hidden, torch.cat([batch.label_index, batch.latent_index]))  # type: ignore[no-untyped-call]
+        labels, latents = torch.split(rows, [batch.label_index.shape[0], batch.latent_index.shape[0]])
+        return self.backbone.lm_head(labels), self.flow_head(latents).float()

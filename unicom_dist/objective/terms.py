@@ -1,0 +1,81 @@
+"""How losses add up: every term is a sum over its items, divided by the number of such items in the whole step.
+
+Counts are known from the batches alone, so they can be summed over micro-batches and ranks before the first backward;
+the result does not depend on how the samples were cut. An empty modality is an exact zero that still reaches the weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unicom_dist.config.schema import CodecConfig, StageConfig
+from unicom_dist.models.codec import CodecBatch
+from unicom_dist.models.segments import PackedBatch
+from unicom_dist.objective.flow import squared_error
+from unicom_dist.objective.language import cross_entropy
+from unicom_dist.objective.perceptual import Lpips
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """A weighted loss: `sum` over `count` items of this batch."""
+
+    sum: Tensor
+    count: int
+    weight: float
+
+
+def prior_counts(batch: PackedBatch) -> dict[str, int]:
+    """Items of each term of `prior_terms`: labels and noised latents."""
+    return {"text": batch.label_ids.shape[0], "flow": batch.latents.shape[0]}
+
+
+def prior_terms(outputs: tuple[Tensor, Tensor], batch: PackedBatch, stage: StageConfig) -> dict[str, LossTerm]:
+    """`text`: cross-entropy per label, nats. `flow`: squared error of the velocity per latent, mean over channels."""
+    logits, velocity = outputs
+    counts = prior_counts(batch)
+    return {
+        "text": LossTerm(cross_entropy(logits, batch.label_ids).sum(), counts["text"], stage.lambda_text),
+        "flow": LossTerm(squared_error(velocity, batch.latents, batch.noise).sum(), counts["flow"], stage.lambda_flow),
+    }
+
+
+def _low_noise(batch: CodecBatch, config: CodecConfig) -> Tensor:
+    return (batch.t >= config.perceptual_min_t).nonzero()[:, 0]
+
+
+def codec_counts(batch: CodecBatch, config: CodecConfig) -> dict[str, int]:
+    """Items of each term of `codec_terms`: images, and images with little enough noise for the perceptual term."""
+    counts = {"flow": batch.images.shape[0]}
+    if config.perceptual != "none":
+        counts["perceptual"] = _low_noise(batch, config).shape[0]
+    return counts
+
+
+def codec_terms(
+    outputs: tuple[Tensor, Tensor], batch: CodecBatch, config: CodecConfig, perceptual: Lpips | None
+) -> dict[str, LossTerm]:
+    """`flow`: squared error of the velocity per image, mean over pixels. `perceptual`: LPIPS of the clean estimate.
+
+    `perceptual` is the network, None iff `config.perceptual` is "none".
+    """
+    velocity, clean = outputs
+    counts = codec_counts(batch, config)
+    terms = {"flow": LossTerm(squared_error(velocity, batch.images, batch.noise).sum(), counts["flow"], 1.0)}
+    if perceptual is not None:
+        chosen = _low_noise(batch, config)
+        distance = perceptual(clean[chosen], batch.images[chosen]) if counts["perceptual"] else clean[:0]
+        terms["perceptual"] = LossTerm(distance.sum(), counts["perceptual"], config.perceptual_weight)
+    return terms
+
+
+def total(terms: Mapping[str, LossTerm], global_counts: Mapping[str, int], dp_size: int = 1) -> Tensor:
+    """The loss of one micro-batch to call backward on: sum over terms of weight x sum / global count x dp_size.
+
+    `global_counts` are the counts summed over all ranks and micro-batches of the step. `dp_size` cancels the averaging
+    of gradients over ranks.
+    """
+    parts = [term.sum * (term.weight * dp_size / max(global_counts[name], 1)) for name, term in terms.items()]
+    return torch.stack(parts).sum()
