@@ -1,8 +1,7 @@
 """Reads the headers of a tar archive and lists its samples: what the side index is rebuilt from.
 
-Understands ustar, GNU long names and pax paths, so that shards written by other WebDataset tools can be read. Members are
-never extracted; names that would leave the folder, links and devices are refused all the same, because other tools may
-extract them.
+Understands ustar, GNU long names and pax paths, so that shards of other WebDataset tools can be read. Members are never
+extracted; names that would leave the folder, links and devices are refused all the same: other tools may extract them.
 """
 
 import re
@@ -18,7 +17,7 @@ Index = tuple[list[str], dict[str, tuple[list[int], list[int]]]]
 
 
 def scan(path: Path, view: memoryview) -> Index:
-    """Keys, and per extension the offsets and sizes (-1: none) of the samples in `view`. DataError: damaged or unsafe."""
+    """Keys, and per extension offsets and sizes (-1: none) of the samples in `view`. DataError: damaged, unsafe."""
     keys: list[str] = []
     seen: set[str] = set()
     members: dict[str, tuple[list[int], list[int]]] = {}

@@ -1,6 +1,6 @@
 """Text to ids and back, with the whole Qwen2.5 vocabulary or with the part of it that a small data set uses.
 
-A *trimmed* vocabulary has a row for every token the training captions produce, for every single byte and for the control
+A *trimmed* vocabulary has a row for every token the training captions produce, for every byte and for the control
 tokens. It carries its own small BPE (the merges that lead to its tokens), so it needs no tokenizer folder: the training
 captions get the same tokens as from the full tokenizer, anything else falls back to smaller tokens and bytes.
 Text is only ever text: a caption that spells `<|im_start|>` does not become a control token.
@@ -8,6 +8,7 @@ Text is only ever text: a caption that spells `<|im_start|>` does not become a c
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -97,7 +98,7 @@ class Vocabulary:
 
     @classmethod
     def trimmed(cls, folder: str | Path, texts: Iterable[str]) -> "Vocabulary":
-        """The tokens that `texts` produce, all single bytes and the control tokens, in the order of their source ids."""
+        """The tokens of `texts`, all single bytes and the control tokens, in the order of their source ids."""
         tokenizer = Tokenizer(folder)
         model = tokenizer.spec["model"]
         vocabulary: dict[str, int] = model["vocab"]
@@ -140,7 +141,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path, folder: str | Path = "") -> "Vocabulary":
-        """Read what `save` wrote; a full vocabulary also needs its tokenizer `folder`. DataError if they do not match."""
+        """Read what `save` wrote; a full one also needs its tokenizer `folder`. DataError if they do not match."""
         path = Path(path)
         try:
             content = json.loads(path.read_bytes())
@@ -184,7 +185,7 @@ def _merges_to(tokens: Iterable[str], merges: list[tuple[str, ...]]) -> list[tup
     for token in tokens:
         parts = list(token)
         while len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: rank.get(pair, len(merges)))
+            best = min(itertools.pairwise(parts), key=lambda pair: rank.get(pair, len(merges)))
             if best not in rank:
                 break
             used.add(best)
