@@ -1,0 +1,166 @@
+"""SigLIP2 NaFlex: aspect ratio kept, at most `max_patches` patches of 16 x 16 pixels, attention over real patches only.
+
+The network is transformers' `Siglip2VisionModel`; the tokens are its last hidden state after the final normalisation.
+Preparing a picture equals transformers' `Siglip2ImageProcessor` without needing torchvision.
+Shapes: P patches padded to the longest picture of the batch, features [n, D] of the real ones. Ref: arXiv:2502.14786.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unicom_dist.config.errors import ConfigError
+from unicom_dist.config.schema import EncoderConfig
+from unicom_dist.models.encoders.base import (
+    DOCS,
+    EncodedImage,
+    Prepared,
+    fingerprint,
+    weights_digest,
+    wrong_weights,
+)
+
+log = logging.getLogger(__name__)
+_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+
+
+class Siglip2Encoder:
+    """The `siglip2` encoder. ConfigError: folder or hub id without SigLIP2 vision weights."""
+
+    def __init__(self, config: EncoderConfig, device: torch.device) -> None:
+        from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+
+        folder = resolve(config, download=True)
+        vision = _vision_config(folder)
+        self.fingerprint = siglip2_fingerprint(config)
+        self._device, self._dtype = device, getattr(torch, config.dtype)
+        try:
+            model, info = Siglip2VisionModel.from_pretrained(
+                folder, dtype=self._dtype, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise wrong_weights(folder, config.kind, str(error)) from error
+        # transformers only warns about tensors it did not find and leaves them random.
+        if info["missing_keys"] or info["mismatched_keys"]:
+            first = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
+            raise wrong_weights(folder, config.kind, f"tensor {first} is missing or has another shape")
+        self._model = model.eval().requires_grad_(False).to(device)
+        self.channels: int = model.config.hidden_size
+        self.max_tokens = config.max_patches
+        self.patch_px: int = vision.get("patch_size", 16)
+        self._name = config.path
+
+    def describe(self) -> str:
+        return f"SigLIP2 NaFlex ({self._name}), up to {self.max_tokens} tokens of {self.channels} channels"
+
+    def preprocess(self, image: Image.Image) -> Prepared:
+        image = image.convert("RGB")
+        rows, columns = naflex_grid(image.height, image.width, self.patch_px, self.max_tokens)
+        size = (columns * self.patch_px, rows * self.patch_px)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        p = self.patch_px
+        # Row-major patches, each flattened as (row, column, channel); bytes, so that they stay small until encoded.
+        patches = np.asarray(image).reshape(rows, p, columns, p, 3).swapaxes(1, 2).reshape(rows * columns, p * p * 3)
+        return {"patches": patches, "grid": np.array([rows, columns])}
+
+    @torch.inference_mode()
+    def encode(self, batch: Sequence[Prepared]) -> list[EncodedImage]:
+        counts = [len(item["patches"]) for item in batch]
+        longest = max(counts)
+        pixels = torch.zeros(len(batch), longest, batch[0]["patches"].shape[1])
+        mask = torch.zeros(len(batch), longest, dtype=torch.int32)
+        for row, (item, count) in enumerate(zip(batch, counts, strict=True)):
+            pixels[row, :count] = torch.from_numpy(np.ascontiguousarray(item["patches"])) / 127.5 - 1
+            mask[row, :count] = 1
+        shapes = torch.from_numpy(np.stack([item["grid"] for item in batch]))
+        hidden = self._model(
+            pixel_values=pixels.to(self._device, self._dtype),
+            pixel_attention_mask=mask.to(self._device),
+            spatial_shapes=shapes,
+        ).last_hidden_state
+        features = hidden.float().cpu().numpy()
+        return [
+            EncodedImage(features[row, :count], (int(shapes[row, 0]), int(shapes[row, 1])))
+            for row, count in enumerate(counts)
+        ]
+
+
+def naflex_grid(height: int, width: int, patch_px: int, max_patches: int) -> tuple[int, int]:
+    """Rows and columns of patches: the largest common scale at which rows x columns <= max_patches.
+
+    Sides are rounded up to whole patches. The scale is found by bisection to 1e-5, as published: the rounding of the
+    last step decides the grid.
+    """
+    low, high = 1e-6, 100.0
+
+    def sides(scale: float) -> tuple[int, int]:
+        return max(1, math.ceil(height * scale / patch_px)), max(1, math.ceil(width * scale / patch_px))
+
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        rows, columns = sides(middle)
+        low, high = (middle, high) if rows * columns <= max_patches else (low, middle)
+    return sides(low)
+
+
+def resolve(config: EncoderConfig, *, download: bool) -> Path:
+    """Local folder of `encoder.path`: the folder itself, or the snapshot of a hub id (fetched only if `download`)."""
+    path = Path(config.path)
+    if config.path and path.is_dir():
+        return path
+    if config.path.count("/") == 1 and not config.path.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            if download:
+                log.info("encoder %s: taken from the model hub unless it is there already", config.path)
+            return Path(snapshot_download(config.path, allow_patterns=_FILES, local_files_only=not download))
+        except Exception as error:  # the client raises a dozen unrelated classes for "not reachable"
+            raise ConfigError(
+                f"encoder.path = {config.path!r} is neither a folder here nor a model the hub gave",
+                str(error).splitlines()[0][:200],
+                "name a local folder with config.json and model.safetensors, or use encoder.kind=efficientnet-lite2",
+                DOCS,
+            ) from error
+    raise ConfigError(
+        f"encoder.path = {config.path!r} is not a folder",
+        "the siglip2 encoder reads published weights (config.json, *.safetensors) from a folder or a hub id",
+        "name the folder, or a hub id such as google/siglip2-so400m-patch16-naflex",
+        DOCS,
+    )
+
+
+def _vision_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise wrong_weights(folder, "siglip2", f"config.json cannot be read: {error}") from error
+    if not str(config.get("model_type", "")).startswith("siglip2"):
+        raise wrong_weights(folder, "siglip2", f"config.json says model_type = {config.get('model_type')!r}")
+    vision: dict[str, Any] = config.get("vision_config", config)
+    return vision
+
+
+def siglip2_fingerprint(config: EncoderConfig) -> str:
+    """Identity of the features without building the network; reads the weight files once."""
+    folder = resolve(config, download=False)
+    vision = _vision_config(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise wrong_weights(folder, "siglip2", "no .safetensors file there")
+    return fingerprint(
+        {
+            "kind": config.kind,
+            "weights": weights_digest(files),
+            "view": f"naflex, bilinear, patch {vision.get('patch_size', 16)}, at most {config.max_patches} patches",
+            "dtype": config.dtype,
+        }
+    )
