@@ -7,6 +7,7 @@ Shapes as in `segments.py`: S positions, T tokens, Y labels, N latents of d chan
 Time: t = 1 is data. Ref: UniCom arXiv 2603.10702, section 3.3.
 """
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from unicom_dist.config.errors import ConfigError, DataError
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models.attention import Attend, AttentionPlan, rearrange
 from unicom_dist.models.backbone import Qwen2
+from unicom_dist.models.cache import AfterPrefix, Prefix, Recorder
 from unicom_dist.models.flow import interpolate
 from unicom_dist.models.init import initialise
 from unicom_dist.models.layers import RMSNorm, TimeEmbedding, at_grid, grid_table
@@ -146,3 +148,63 @@ class Transfusion(nn.Module):
         rows = Take.apply(hidden, torch.cat([batch.label_index, batch.latent_index]))  # type: ignore[no-untyped-call]
         labels, latents = torch.split(rows, [batch.label_index.shape[0], batch.latent_index.shape[0]])
         return self.backbone.lm_head(labels), self.flow_head(latents).float()
+
+    @torch.no_grad()
+    def encode_prefix(self, batch: PackedBatch) -> Prefix:
+        """Read prefixes once: a batch of text and clean images, one sample per prefix, without noised latents."""
+        recorder = Recorder(batch, self.dtype)
+        hidden = self.hidden(batch, recorder)
+        return Prefix(
+            recorder.keys,
+            recorder.values,
+            recorder.bias,
+            batch.rope_positions[recorder.last] + 1,
+            hidden[recorder.last],
+        )
+
+    @torch.no_grad()
+    def velocity_from_prefix(self, prefix: Prefix, z_t: Tensor, t: Tensor, grid: Tensor) -> Tensor:
+        """Velocity [P, n, d] float32 of one image after each prefix; equals `forward` on prefix and image together.
+
+        z_t [P, n, d] noised latents, t [P], grid [n, 2] or [P, n, 2].
+        """
+        count, new = z_t.shape[:2]
+        x = self.embed_latents(z_t, t[:, None].expand(count, new), grid.expand(count, new, 2))
+        positions = prefix.next_position[:, None].expand(count, new)
+        hidden = self.backbone.model(x.flatten(0, 1), positions.flatten(), AfterPrefix(prefix, new))
+        velocity: Tensor = self.flow_head(hidden).float().unflatten(0, (count, new))
+        return velocity
+
+    @torch.no_grad()
+    def generate_tokens(
+        self,
+        prefix: Prefix,
+        stop_ids: Collection[int],
+        limit: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """Continue each prefix by at most `limit` tokens, up to and without the first of `stop_ids`.
+
+        `temperature` = 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature) with
+        `generator`.
+        """
+        texts: list[list[int]] = [[] for _ in range(prefix.last_hidden.shape[0])]
+        running = set(range(len(texts)))
+        for _ in range(limit):
+            logits = self.backbone.lm_head(prefix.last_hidden).float()
+            if temperature > 0:
+                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            else:
+                chosen = logits.argmax(-1)
+            for number, token in enumerate(chosen.tolist()):
+                if number in running and token in stop_ids:
+                    running.discard(number)
+                elif number in running:
+                    texts[number].append(token)
+            if not running:
+                break
+            after = AfterPrefix(prefix, 1)
+            hidden = self.backbone.model(self.backbone.model.embed_tokens(chosen), prefix.next_position, after)
+            prefix = after.grown(hidden)
+        return texts

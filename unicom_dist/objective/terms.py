@@ -1,7 +1,8 @@
 """How losses add up: every term is a sum over its items, divided by the number of such items in the whole step.
 
 Counts are known from the batches alone, so they can be summed over micro-batches and ranks before the first backward;
-the result does not depend on how the samples were cut. An empty modality is an exact zero that still reaches the weights.
+the result does not depend on how the samples were cut. An empty modality is an exact zero that still reaches the
+weights.
 """
 
 from collections.abc import Mapping
