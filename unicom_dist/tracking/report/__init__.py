@@ -1,0 +1,5 @@
+"""`write_report`: one self-contained HTML page about a run, or several runs overlaid."""
+
+from unicom_dist.tracking.report.page import REPORT_FILE, write_report
+
+__all__ = ["REPORT_FILE", "write_report"]
