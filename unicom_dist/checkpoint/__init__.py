@@ -1,0 +1,1 @@
+"""Checkpoints of a running stage, and folders of exported weights."""

@@ -1,0 +1,178 @@
+"""Starting the ranks of this machine and looking after them until they end.
+
+Each rank is `python -m unicom_dist.train.worker`, told what to do on its standard input (which stays open: when it closes,
+the launcher is gone and the rank stops). The ranks meet through a file, listen on loopback only and live in sessions of
+their own, so that Ctrl-C reaches the launcher alone, which passes it on. A rank that dies takes the others with it within
+seconds; what it had to say is read from logs/rank-00000.error.json and raised here.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from unicom_dist.config import errors
+from unicom_dist.config.errors import HangError, PreflightError, Preempted, UnicomError
+
+GRACE_S = 3.0  # between asking the surviving ranks to end and killing them
+
+
+def log_path(run_dir: Path, rank: int) -> Path:
+    """The log file of a rank."""
+    return run_dir / "logs" / f"rank-{rank:05d}.log"
+
+
+def error_path(run_dir: Path, rank: int) -> Path:
+    """Where a rank leaves its error for the launcher."""
+    return run_dir / "logs" / f"rank-{rank:05d}.error.json"
+
+
+def joined() -> bool:
+    """Whether torchrun or srun started this process as one of several ranks."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def threads_per_rank(nproc: int, configured: int) -> int:
+    """CPU threads of each rank: as configured, else an equal share of the cores this process may use."""
+    return configured or max(1, len(os.sched_getaffinity(0)) // nproc)
+
+
+def launch(spec: dict[str, Any], run_dir: Path, nproc: int, threads: int) -> None:
+    """Run `nproc` workers on `spec` (JSON) until all have ended well. The error of the first that did not is raised.
+
+    Preempted: all ranks wrote a checkpoint after a signal. HangError: a rank was killed.
+    """
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    meeting = Path(tempfile.mkdtemp(prefix="unicom-ranks-"))
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        with _forward_signals(ranks):
+            for rank in range(nproc):
+                error_path(run_dir, rank).unlink(missing_ok=True)
+                ranks.append(_start(rank, nproc, threads, meeting / "rendezvous", log_path(run_dir, rank)))
+            text = json.dumps(spec).encode() + b"\n"
+            for process in ranks:
+                with suppress(BrokenPipeError):  # it has ended already; its status says why
+                    _stdin(process).write(text)
+                    _stdin(process).flush()
+            _watch(ranks, run_dir)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        shutil.rmtree(meeting, ignore_errors=True)
+
+
+def _start(rank: int, nproc: int, threads: int, meeting: Path, log: Path) -> subprocess.Popen[bytes]:
+    env = dict(
+        os.environ,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(nproc),
+        LOCAL_WORLD_SIZE=str(nproc),
+        OMP_NUM_THREADS=str(threads),
+        UNICOM_RENDEZVOUS=str(meeting),
+    )
+    with log.open("ab") as errors_to:
+        return subprocess.Popen(
+            [sys.executable, "-m", "unicom_dist.train.worker"],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=None if rank == 0 else errors_to,
+            stderr=errors_to,
+            start_new_session=True,
+        )
+
+
+def _stdin(process: subprocess.Popen[bytes]) -> IO[bytes]:
+    assert process.stdin is not None
+    return process.stdin
+
+
+@contextmanager
+def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the ranks to checkpoint and stop; a second Ctrl-C kills them."""
+    asked = [0]
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        asked[0] += number == signal.SIGINT
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL if asked[0] > 1 else signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]], run_dir: Path) -> None:
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, Preempted.exit_code)]
+        if failed:
+            time.sleep(0.2)  # the others often fail in consequence: look once more before naming the cause
+            codes = [process.poll() for process in ranks]
+            _end(ranks)
+            raise _cause(codes, run_dir)
+        if all(code is not None for code in codes):
+            break
+        time.sleep(0.05)
+    if Preempted.exit_code in codes:
+        raise Preempted(
+            "stopped on request after writing a checkpoint", "a signal asked for it", "run the same command again"
+        )
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in ranks:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _cause(codes: list[int | None], run_dir: Path) -> UnicomError:
+    """The error to show: a rank ended by a signal first, then the earliest error that says what is wrong."""
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name if -code in signal.Signals.__members__.values() else str(-code)
+            out_of_memory = " (often: the machine was out of memory)" if -code == signal.SIGKILL else ""
+            return HangError(
+                f"rank {rank} was ended by {name}{out_of_memory}; the other ranks were stopped",
+                f"its log is {log_path(run_dir, rank)}",
+                "run the same command again: it continues from the last checkpoint",
+                "docs/training.md",
+            )
+    records = []
+    for rank, code in enumerate(codes):
+        if code not in (None, 0, Preempted.exit_code):
+            with suppress(OSError, ValueError):
+                record = json.loads(error_path(run_dir, rank).read_text(encoding="utf-8"))
+                records.append((record["type"] == "UnicomError", record["time"], record))
+    if records:
+        record = min(records, key=lambda item: item[:2])[2]
+        kind = getattr(errors, record["type"], UnicomError)
+        error = kind(record["what"], record["why"], record["remedy"], record["docs"])
+        assert isinstance(error, UnicomError)
+        return error
+    rank = next(rank for rank, code in enumerate(codes) if code not in (None, 0))
+    return PreflightError(
+        f"rank {rank} could not start (exit code {codes[rank]})", f"its log is {log_path(run_dir, rank)}", "unicom doctor"
+    )

@@ -1,0 +1,229 @@
+"""The training loop of one stage, in the order in which things happen.
+
+A step: read this rank's micro-batches; sum the items of every loss term over ranks and micro-batches (one all-reduce, which
+also carries the wish to stop); forward and backward on each; one gradient reduction; clip; AdamW; moving average. Losses
+are divided by the global counts, so neither they nor the gradients depend on how the samples were cut. Nothing else
+happens in a step: figures, pictures and checkpoints belong to the callbacks, which look in every so many steps.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from unicom_dist.checkpoint.store import CheckpointStore, latest, read_extra, read_rng, read_state
+from unicom_dist.config.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
+from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.data.prefetch import StepLoader
+from unicom_dist.objective.terms import total
+from unicom_dist.parallel.engine import Engine, OptimizerConfig
+from unicom_dist.parallel.mesh import Mesh
+from unicom_dist.parallel.plain import PlainEngine
+from unicom_dist.parallel.zero3 import Zero3Engine
+from unicom_dist.train.callbacks import Observer
+from unicom_dist.train.ema import Ema
+from unicom_dist.train.schedule import learning_rate
+from unicom_dist.train.signals import StopRequest
+from unicom_dist.train.stages import Task, make_task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything a stage in progress consists of. `step` optimizer steps are finished."""
+
+    config: Config
+    stage: StageConfig
+    task: Task[Any]
+    mesh: Mesh
+    engine: Engine
+    ema: Ema
+    loader: StepLoader[Any]
+    store: CheckpointStore
+    stop: StopRequest
+    step: int = 0
+
+
+def train_stage(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest, terminal: IO[str] | None) -> None:
+    """Train `stage` from where it stands to its last step and export its weights. Collective over the world.
+
+    Preempted: a rank was asked to stop; all of them finished the step and wrote a checkpoint.
+    """
+    run = start_run(config, stage, mesh, stop)
+    with Observer(run, terminal) as observer:
+        while run.step < stage.steps:
+            stopping = train_step(run, observer)
+            last = run.step == stage.steps
+            if last or stopping or (stage.checkpoint_every and run.step % stage.checkpoint_every == 0):
+                save(run)
+            if stopping and not last:
+                run.store.wait()
+                raise Preempted(
+                    f"stage {stage.name!r} stopped at step {run.step} of {stage.steps}, checkpoint written",
+                    "a signal asked for it",
+                    "run the same command again to continue",
+                )
+        observer.finish()
+    run.store.wait()
+    weights = run.engine.full(run.ema.buffers, torch.bfloat16)
+    if mesh.rank == 0:
+        run.task.export(Path(config.run_dir) / "weights" / stage.name, weights, run.step)
+    run.loader.close()
+    run.engine.close()
+    mesh.barrier()
+
+
+def train_step(run: Run, observer: Observer) -> bool:
+    """One optimizer step; whether any rank was asked to stop. Collective over the world."""
+    began = time.perf_counter()
+    batches = run.loader.next_step()
+    waited = time.perf_counter() - began
+    counts, amounts, stopping = count_step(run, batches)
+    with run.engine.accumulate():
+        for batch in batches:
+            terms = run.task.terms(run.engine(batch), batch)
+            run.engine.backward(total(terms, counts, run.mesh.dp_size))
+            observer.add_losses(terms)
+    lr = learning_rate(run.stage, run.step)
+    try:
+        norm = run.engine.step(lr)
+    except NonFiniteError:
+        keep_keys(run, batches)
+        raise
+    run.ema.update()
+    run.step += 1
+    observer.step_done(counts, amounts, lr, norm, waited, time.perf_counter() - began)
+    return stopping
+
+
+def count_step(run: Run, batches: list[Any]) -> tuple[dict[str, int], dict[str, float], bool]:
+    """Items per loss term and amounts of the whole step, and whether any rank wants to stop. Collective over the world."""
+    counts: dict[str, float] = {}
+    amounts: dict[str, float] = {}
+    for batch in batches:
+        add_up(counts, run.task.counts(batch))
+        add_up(amounts, run.task.amounts(batch))
+    stop = run.stop.requested
+    if run.mesh.dp_size > 1:
+        vector = torch.tensor(
+            [*counts.values(), *amounts.values(), float(stop)], dtype=torch.float64, device=run.mesh.device
+        )
+        values = run.mesh.sum_dp(vector).tolist()
+        counts = dict(zip(counts, values, strict=False))
+        amounts = dict(zip(amounts, values[len(counts) :], strict=False))
+        stop = values[-1] > 0
+    return {name: int(value) for name, value in counts.items()}, amounts, stop
+
+
+def add_up(totals: dict[str, float], values: Mapping[str, float]) -> None:
+    """totals += values, by name."""
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + value
+
+
+def start_run(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest) -> Run:
+    """Model, engine, data and where they stand: the stage's newest checkpoint, else the stage before. Collective."""
+    task = make_task(config, stage)
+    module = task.build()
+    engine = make_engine(module, config, stage, mesh)
+    folder = Path(config.run_dir) / "checkpoints"
+    store = CheckpointStore(folder / stage.name, mesh, config.keep_checkpoints, config.parallel.timeout_s)
+    loader = task.loader(mesh)
+    checkpoint = mesh.broadcast_object(latest(folder / stage.name) if mesh.rank == 0 else None)
+    before = mesh.broadcast_object(_stage_before(config, stage) if mesh.rank == 0 else None)
+    if checkpoint is None and before is not None:
+        own = engine.state()
+        engine.load_state(read_state(before, engine.fragments, own, ("weight",)), 0)
+        log.info("stage %s starts from %s", stage.name, before)
+    ema = Ema(engine.state()["weight"], stage.ema)
+    run = Run(config, stage, task, mesh, engine, ema, loader, store, stop)
+    if checkpoint is not None:
+        resume(run, checkpoint)
+    return run
+
+
+def _stage_before(config: Config, stage: StageConfig) -> Path | None:
+    """The last checkpoint of the stage of the same kind before this one. CheckpointError when it has none yet."""
+    position = config.stages.index(stage)
+    names = [other.name for other in config.stages[:position] if other.kind == stage.kind]
+    if not names:
+        return None
+    found = latest(Path(config.run_dir) / "checkpoints" / names[-1])
+    if found is None:
+        raise CheckpointError(
+            f"stage {stage.name!r} continues {names[-1]!r}, which has no checkpoint in {config.run_dir}",
+            "its weights are where this stage starts",
+            f"train {names[-1]!r} first: unicom train RECIPE --stage {names[-1]}",
+        )
+    return found
+
+
+def make_engine(module: nn.Module, config: Config, stage: StageConfig, mesh: Mesh) -> Engine:
+    """The engine of `parallel.zero_stage`. Collective over dp."""
+    options = OptimizerConfig(stage.weight_decay, stage.betas, stage.eps, stage.clip, stage.precision)
+    return (Zero3Engine if config.parallel.zero_stage == 3 else PlainEngine)(module, options, mesh)
+
+
+def save(run: Run) -> None:
+    """Start writing a checkpoint of the step just finished. Every rank calls it."""
+    extra = {
+        "stage": run.stage.name,
+        "loader": run.loader.state_dict(),
+        "ema_updates": run.ema.updates,
+        "optimizer_steps": run.engine.steps_done,
+    }
+    state = {**run.engine.state(), "ema": run.ema.buffers}
+    run.store.save(run.step, state, run.engine.fragments, extra, run.engine.replicated)
+
+
+def resume(run: Run, checkpoint: Path) -> None:
+    """Continue from a checkpoint, under whatever dp size it was written. Collective over dp.
+
+    CheckpointError when it is damaged, of another model, or further than the stage goes.
+    """
+    extra = read_extra(checkpoint)
+    if extra["step"] > run.stage.steps:
+        raise CheckpointError(
+            f"{checkpoint} is at step {extra['step']}, stage {run.stage.name!r} ends at {run.stage.steps}",
+            "the stage was shortened after it was trained",
+            f"set stages.{run.stage.name}.steps to at least {extra['step']}, or choose another run_dir",
+        )
+    own = {**run.engine.state(), "ema": run.ema.buffers}
+    saved = read_state(checkpoint, run.engine.fragments, own, ("weight", "exp_avg", "exp_avg_sq", "ema"))
+    run.ema.load(saved.pop("ema"), int(extra["ema_updates"]))
+    run.engine.load_state(saved, int(extra["optimizer_steps"]))
+    run.loader.load_state_dict(extra["loader"])
+    rng = read_rng(checkpoint, run.mesh)
+    if rng is not None:
+        torch.set_rng_state(rng)
+    run.step = int(extra["step"])
+    log.info("stage %s continues from %s", run.stage.name, checkpoint)
+
+
+def keep_keys(run: Run, batches: list[Any]) -> None:
+    """Write down which samples were in a step that went wrong."""
+    path = Path(run.config.run_dir) / f"nonfinite-rank-{run.mesh.rank:05d}.json"
+    content = {"stage": run.stage.name, "step": run.step, "keys": [batch.keys for batch in batches]}
+    try:
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except OSError as error:
+        log.warning("%s could not be written: %s", path, error)
+
+
+def check_ranks(config: Config, mesh: Mesh) -> None:
+    """ConfigError unless every stage's batch divides among the ranks that were really started."""
+    for stage in config.stages:
+        share = mesh.dp_size * stage.micro_batches
+        if stage.kind != "latents" and stage.batch % share:
+            raise ConfigError(
+                f"stages.{stage.name}.batch = {stage.batch} with {mesh.dp_size} ranks x {stage.micro_batches} micro-batches",
+                f"every rank takes equally many pieces of a step, and {stage.batch} is not a multiple of {share}",
+                f"start another number of ranks, or set batch to a multiple of {share}",
+            )

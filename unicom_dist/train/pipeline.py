@@ -1,0 +1,159 @@
+"""The stages of a recipe, in order: training stages in groups of ranks, the latents between them by whoever is given.
+
+Consecutive training stages share one start of the ranks. A stage whose exported weights are those of its last step is
+skipped, and said so; a stage that was stopped continues. The same call is therefore right for the first start and after
+any interruption.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from unicom_dist.checkpoint.weights import read_weights_config
+from unicom_dist.config.errors import CheckpointError, ConfigError, PreflightError, Preempted, UnicomError
+from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.tracking.status import write_status
+
+log = logging.getLogger(__name__)
+Runner = Callable[[Config], None]
+MIN_FREE_BYTES = 256 << 20
+
+
+def run(
+    config: Config,
+    run_latents: Runner,
+    *,
+    only: str = "",
+    say: Callable[[str], None] = log.info,
+) -> None:
+    """Run the stages of `config` (or the one named `only`) that are not done yet.
+
+    `run_latents(config)` computes the latents of a finished codec; `say` receives a line for the user per event. When
+    torchrun or srun started this process, it is one of the ranks, else the ranks are started here.
+    Raises whatever ended the run, after writing it to the status file.
+    """
+    from unicom_dist.train.launch import joined
+
+    preflight(config)
+    stages = [config.stage(only)] if only else list(config.stages)
+    started = time.monotonic()
+    stage = stages[0] if stages else None
+    try:
+        for group in grouped(stages):
+            todo = []
+            for stage in group:
+                if finished(config, stage):
+                    say(f"{stage.name}: finished before, skipped")
+                else:
+                    todo.append(stage)
+            if not todo:
+                continue
+            stage = todo[0]
+            if stage.kind == "latents":
+                say(f"{stage.name}: computing the latents of all images")
+                run_latents(config)
+            elif joined():
+                _train_joined(config, todo)
+            else:
+                _train_here(config, todo, say)
+    except BaseException as error:
+        _final_status(config, error)
+        raise
+    write_status(config.run_dir, "done", stage=stage.name if stage else "", exit_code=0)
+    say(f"all stages of {config.name} are finished ({time.monotonic() - started:.0f} s); the run is in {config.run_dir}")
+
+
+def grouped(stages: list[StageConfig]) -> list[list[StageConfig]]:
+    """Runs of consecutive training stages; a latents stage stands alone. A codec starts before any prior needs data."""
+    groups: list[list[StageConfig]] = []
+    for stage in stages:
+        if groups and stage.kind != "latents" and groups[-1][-1].kind != "latents":
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
+
+
+def finished(config: Config, stage: StageConfig) -> bool:
+    """Whether the stage has done all its steps and exported its weights (a latents stage: never, it checks itself)."""
+    if stage.kind == "latents":
+        return False
+    try:
+        step = read_weights_config(Path(config.run_dir) / "weights" / stage.name).get("step")
+    except CheckpointError:
+        return False
+    return isinstance(step, int) and step >= stage.steps
+
+
+def preflight(config: Config) -> None:
+    """PreflightError when the run directory cannot be written or its disk is nearly full; ConfigError without stages."""
+    if not config.stages:
+        raise ConfigError("stages is empty", "there is nothing to train", "take recipes/quickstart.yaml as `base:`")
+    folder = Path(config.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise PreflightError(
+            f"run_dir = {config.run_dir}",
+            f"it cannot be written: {error.strerror or error}",
+            "make it writable, free space, or set run_dir to another folder",
+        ) from None
+    if free < MIN_FREE_BYTES:
+        raise PreflightError(
+            f"{free / 2**20:.0f} MiB free at {config.run_dir}",
+            f"a run starts with at least {MIN_FREE_BYTES / 2**20:.0f} MiB for its checkpoints",
+            "free space, or set run_dir to another disk",
+        )
+
+
+def prepare_vocabulary(config: Config) -> None:
+    """Write run_dir/vocabulary.json if it is not there: the prior's stages and its samplers all read this one."""
+    path = Path(config.run_dir) / "vocabulary.json"
+    if not path.is_file():
+        from unicom_dist.data.loader import build_vocabulary
+
+        build_vocabulary(config).save(path)
+
+
+def _train_here(config: Config, stages: list[StageConfig], say: Callable[[str], None]) -> None:
+    from unicom_dist.train.launch import launch, threads_per_rank
+
+    if any(stage.kind == "prior" for stage in stages):
+        prepare_vocabulary(config)
+    nproc = config.parallel.nproc
+    threads = threads_per_rank(nproc, config.parallel.threads)
+    say(f"{', '.join(stage.name for stage in stages)}: training on {nproc} ranks, {threads} threads each")
+    spec = {"config": config.model_dump(mode="json"), "stages": [stage.name for stage in stages]}
+    launch(spec, Path(config.run_dir), nproc, threads)
+
+
+def _train_joined(config: Config, stages: list[StageConfig]) -> None:
+    """This process is a rank already: join the others and train."""
+    from unicom_dist.parallel.mesh import init_mesh
+    from unicom_dist.train.signals import StopRequest
+    from unicom_dist.train.worker import run_stages
+
+    mesh = init_mesh(config.parallel.timeout_s)
+    if any(stage.kind == "prior" for stage in stages):
+        if mesh.rank == 0:
+            prepare_vocabulary(config)
+        mesh.barrier()
+    with StopRequest() as stop:
+        run_stages(config, [stage.name for stage in stages], stop)
+
+
+def _final_status(config: Config, error: BaseException) -> None:
+    code = error.exit_code if isinstance(error, UnicomError) else 1
+    what = error.what if isinstance(error, UnicomError) else repr(error)
+    try:
+        write_status(
+            config.run_dir, "preempted" if isinstance(error, Preempted) else "failed", exit_code=code, message=what
+        )
+    except OSError as problem:
+        log.warning("the status file could not be written: %s", problem)

@@ -1,0 +1,206 @@
+"""What differs between the kinds of training stage: model, data, loss, held-out loss and what is exported.
+
+A `Task` hands these to the loop; `codec_task` and `prior_task` build one. Losses come as sums with counts, so that the loop
+can divide by the counts of the whole step (all ranks, all micro-batches).
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from unicom_dist.checkpoint.weights import export_weights, read_weights_config
+from unicom_dist.config.errors import DataError
+from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.data.loader import CodecLoader, PriorLoader, heldout_codec_batches, heldout_prior_batches
+from unicom_dist.data.manifest import Manifest
+from unicom_dist.data.pairs import feature_channels, open_set
+from unicom_dist.data.prefetch import StepLoader
+from unicom_dist.data.text import Vocabulary
+from unicom_dist.models.codec import Codec, CodecBatch, LatentStats
+from unicom_dist.models.segments import PackedBatch
+from unicom_dist.models.transfusion import Transfusion
+from unicom_dist.objective.perceptual import Lpips
+from unicom_dist.objective.terms import LossTerm, codec_counts, codec_terms, prior_counts, prior_terms
+from unicom_dist.parallel.mesh import Mesh
+from unicom_dist.tracking.flops import prior_flops
+
+Batch = TypeVar("Batch", CodecBatch, PackedBatch)
+
+
+class Task(ABC, Generic[Batch]):
+    """One training stage over data `Batch`. Building the module and the loader are separate, cheap-first steps."""
+
+    def __init__(self, config: Config, stage: StageConfig) -> None:
+        self.config, self.stage = config, stage
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The model with its initial weights, parameters frozen as the stage says. The same on every rank."""
+
+    @abstractmethod
+    def loader(self, mesh: Mesh) -> StepLoader[Batch]:
+        """This rank's training batches."""
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Items of every loss term in a batch, known before the forward pass."""
+
+    @abstractmethod
+    def amounts(self, batch: Batch) -> dict[str, float]:
+        """What throughput is measured in ("tokens", "latents", "images") and "flops" where they can be counted."""
+
+    @abstractmethod
+    def terms(self, outputs: Any, batch: Batch) -> dict[str, LossTerm]:
+        """The loss terms of a batch: names as in `counts`."""
+
+    @abstractmethod
+    def heldout(self) -> Iterator[tuple[str, Batch]]:
+        """(suffix, batch): fixed held-out batches; the loss terms of each are reported as `loss/<term><suffix>`."""
+
+    @abstractmethod
+    def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
+        """Write the averaged weights as a folder others can read. Called on rank 0."""
+
+
+class CodecTask(Task[CodecBatch]):
+    """Compressor, decompressor and decoder on images and their features."""
+
+    def __init__(self, config: Config, stage: StageConfig) -> None:
+        super().__init__(config, stage)
+        pairs = open_set(config, "train")
+        self._channels = feature_channels(pairs, config.encoder.kind)
+        self._fingerprint = pairs.part_manifests[config.encoder.kind].fingerprint
+        self._perceptual: Lpips | None = None
+
+    def build(self) -> nn.Module:
+        kind = self.config.codec.perceptual
+        if kind != "none":
+            short = "alex" if kind == "lpips-alex" else "vgg"
+            self._perceptual = Lpips.load(short, self.config.codec.perceptual_path).eval()
+            if self.stage.precision == "bfloat16":
+                self._perceptual = self._perceptual.to(torch.bfloat16)
+        return Codec(self.config.codec, self._channels, self.config.seed)
+
+    def loader(self, mesh: Mesh) -> StepLoader[CodecBatch]:
+        return CodecLoader(self.config, self.stage, mesh.dp_rank, mesh.dp_size)
+
+    def counts(self, batch: CodecBatch) -> dict[str, int]:
+        return codec_counts(batch, self.config.codec)
+
+    def amounts(self, batch: CodecBatch) -> dict[str, float]:
+        return {"images": float(batch.images.shape[0])}
+
+    def terms(self, outputs: Any, batch: CodecBatch) -> dict[str, LossTerm]:
+        return codec_terms(outputs, batch, self.config.codec, self._perceptual)
+
+    def heldout(self) -> Iterator[tuple[str, CodecBatch]]:
+        for t in self.config.eval.fixed_t:
+            for batch in heldout_codec_batches(self.config, t, self.config.eval.images):
+                yield f"@{t:g}", batch
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
+        content = {
+            "codec": self.config.codec.model_dump(mode="json"),
+            "encoder": self.config.encoder.model_dump(mode="json"),
+            "encoder_fingerprint": self._fingerprint,
+            "encoder_channels": self._channels,
+            "step": step,
+            "provenance": provenance(self.config, self.stage),
+        }
+        export_weights(folder, content, weights)
+
+
+class PriorTask(Task[PackedBatch]):
+    """The Transfusion backbone on packed rows of text, features and latents."""
+
+    def __init__(self, config: Config, stage: StageConfig) -> None:
+        super().__init__(config, stage)
+        self._run = Path(config.run_dir)
+        self._vocabulary = Vocabulary.load(self._run / "vocabulary.json", config.prior.tokenizer)
+        self._stats = read_stats(self._run)
+        self._channels = feature_channels(open_set(config, "train"), config.encoder.kind)
+
+    def build(self) -> nn.Module:
+        channels = self._stats.mean.shape[0]
+        module = Transfusion(self.config.prior, self._vocabulary.size, channels, self._channels, self.config.seed)
+        module.train_only(self.stage.trainable)
+        return module
+
+    def loader(self, mesh: Mesh) -> StepLoader[PackedBatch]:
+        return PriorLoader(self.config, self.stage, self._vocabulary, self._stats, mesh.dp_rank, mesh.dp_size)
+
+    def counts(self, batch: PackedBatch) -> dict[str, int]:
+        return prior_counts(batch)
+
+    def amounts(self, batch: PackedBatch) -> dict[str, float]:
+        frozen = self.stage.trainable != "all"
+        flops = prior_flops(self.config.prior, batch, self._vocabulary.size, backbone_frozen=frozen)
+        return {
+            "tokens": float(batch.token_ids.shape[0]),
+            "latents": float(batch.latents.shape[0]),
+            "flops": float(flops),
+        }
+
+    def terms(self, outputs: Any, batch: PackedBatch) -> dict[str, LossTerm]:
+        return prior_terms(outputs, batch, self.stage)
+
+    def heldout(self) -> Iterator[tuple[str, PackedBatch]]:
+        limit = self.config.eval.images
+        for t in self.config.eval.fixed_t:
+            for batch in heldout_prior_batches(
+                self.config, self._vocabulary, self._stats, t, limit, tasks=("text_to_image",)
+            ):
+                yield f"@{t:g}", batch
+        for batch in heldout_prior_batches(
+            self.config, self._vocabulary, self._stats, 0.5, limit, tasks=("image_to_text",)
+        ):
+            yield "", batch
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
+        codec = read_weights_config(codec_folder(self.config))
+        latents = self._run / "latents" / "train"
+        content = {
+            "prior": self.config.prior.model_dump(mode="json"),
+            "latent_channels": self._stats.mean.shape[0],
+            "feature_channels": self._channels,
+            "stats": self._stats.to_json(),
+            "encoder_fingerprint": codec["encoder_fingerprint"],
+            "codec_fingerprint": Manifest.read(latents, "latent").fingerprint,
+            "step": step,
+            "provenance": provenance(self.config, self.stage),
+        }
+        export_weights(folder, content, weights, lambda place: self._vocabulary.save(place / "vocabulary.json"))
+
+
+def make_task(config: Config, stage: StageConfig) -> Task[Any]:
+    """The task of a training stage."""
+    return CodecTask(config, stage) if stage.kind == "codec" else PriorTask(config, stage)
+
+
+def codec_folder(config: Config) -> Path:
+    """Exported weights of the recipe's codec stage. DataError when the recipe has none."""
+    names = [stage.name for stage in config.stages if stage.kind == "codec"]
+    if not names:
+        raise DataError("the recipe has no codec stage", "the prior draws what a codec decodes", "add one to `stages`")
+    return Path(config.run_dir) / "weights" / names[-1]
+
+
+def read_stats(run_dir: Path) -> LatentStats:
+    """Statistics of the run's latents. DataError when the latents stage has not finished."""
+    path = run_dir / "latents" / "stats.json"
+    try:
+        return LatentStats.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}", "the prior learns normalised latents", "run the latents stage first"
+        ) from None
+
+
+def provenance(config: Config, stage: StageConfig) -> dict[str, Any]:
+    """Which recipe and stage made the weights."""
+    return {"recipe": config.name, "seed": config.seed, "stage": stage.name, "data": config.data.source}

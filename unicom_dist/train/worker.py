@@ -1,0 +1,112 @@
+"""One rank: joins the others, runs consecutive training stages in one process group, and says how it ended.
+
+Started by `launch` with {"config": …, "stages": [names]} as one line of JSON on standard input. Everything that libraries
+print goes to this rank's log; only rank 0's own console line reaches the terminal.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import IO
+
+from unicom_dist.config.errors import HangError, NonFiniteError, UnicomError
+from unicom_dist.config.schema import Config
+from unicom_dist.train.launch import error_path, log_path
+from unicom_dist.train.signals import StopRequest
+
+
+def main() -> int:
+    """Entry of the process; returns its exit status."""
+    spec = json.loads(sys.stdin.buffer.readline())
+    config = Config.model_validate(spec["config"])
+    rank = int(os.environ["RANK"])
+    terminal = _redirect(log_path(Path(config.run_dir), rank))
+    _quiet()
+    with StopRequest() as stop:
+        stop.watch(sys.stdin.buffer)
+        try:
+            run_stages(config, spec["stages"], stop, terminal)
+            return 0
+        except BaseException as error:
+            return _report(error, Path(config.run_dir), rank)
+
+
+def run_stages(config: Config, names: list[str], stop: StopRequest, terminal: IO[str] | None = None) -> None:
+    """Train the named stages in order on this rank. Collective over the world. `terminal`: where rank 0 shows progress.
+
+    Preempted after a checkpoint when a stop was requested on any rank.
+    """
+    import torch
+
+    from unicom_dist.parallel.mesh import close_mesh, init_mesh
+    from unicom_dist.train.loop import train_stage
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
+    mesh = init_mesh(config.parallel.timeout_s)
+    for name in names:
+        train_stage(config, config.stage(name), mesh, stop, terminal)
+    close_mesh()
+
+
+def _redirect(log: Path) -> IO[str]:
+    """Send file descriptors 1 and 2 to the rank's log; the terminal they were is returned."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    terminal = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    return terminal
+
+
+def _quiet() -> None:
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _report(error: BaseException, run_dir: Path, rank: int) -> int:
+    """Leave the error for the launcher, the traceback in the log; the exit status."""
+    known = error if isinstance(error, UnicomError) else _unexpected(error, run_dir, rank)
+    if not isinstance(error, UnicomError):
+        traceback.print_exception(error, file=sys.stderr)
+    elif not isinstance(error, NonFiniteError):
+        print(error, file=sys.stderr)
+    record = {
+        "type": type(known).__name__,
+        "what": known.what,
+        "why": known.why,
+        "remedy": known.remedy,
+        "docs": known.docs,
+        "time": time.time(),
+    }
+    try:
+        error_path(run_dir, rank).write_text(json.dumps(record), encoding="utf-8")
+    except OSError:
+        logging.getLogger(__name__).warning("the error could not be left for the launcher")
+    sys.stderr.flush()
+    return known.exit_code
+
+
+def _unexpected(error: BaseException, run_dir: Path, rank: int) -> UnicomError:
+    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    where = f"the traceback is in {log_path(run_dir, rank)}"
+    if "imed out" in text:
+        return HangError(f"rank {rank} waited too long for the others", f"{text}; {where}", "run again to continue")
+    return UnicomError(f"rank {rank} failed: {text}", where, "run the same command again: it continues")
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # engines, threads and process groups have nothing left to say, and some take seconds to say it
