@@ -91,6 +91,7 @@ class DecoderConfig(Section):
     rope_axes: tuple[int, int, int] = Field((16, 24, 24), description="rotary channels per axis, sum = head_dim")
     prediction: Literal["velocity", "clean"] = Field("velocity", description="what the network outputs")
     token_positions: Literal["zero", "grid"] = Field("grid", description="rotary ids of the semantic tokens")
+    concat_tokens: bool = Field(False, description="also append to each patch the token at its place, as FLUX.1 Fill does its mask")
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from unicom_dist.config.schema import DecoderConfig
 from unicom_dist.models.compressor import padding_bias
 from unicom_dist.models.layers import attend
 
-LEAST_REMAINING = 0.05  # bounds 1 / (1 - t) where a clean prediction is turned into a velocity
+LEAST_REMAINING = 0.1  # bounds 1 / (1 - t) where a clean prediction is turned into a velocity
 POOLED = 8  # FLUX's pooled text vector; ours is constant zeros, its width is immaterial
 ROPE_THETA = 10_000.0
 
@@ -52,7 +52,7 @@ def from_flux(output: Tensor, z_t: Tensor, t: Tensor, prediction: str) -> Tensor
     """The network's output in our convention.
 
     `velocity`: the network predicts noise - data, so v = -output. `clean`: it predicts the data, so
-    v = (output - z_t) / max(1 - t, 0.05). Shapes: output and z_t [B, ...], t [B].
+    v = (output - z_t) / max(1 - t, 0.1). Shapes: output and z_t [B, ...], t [B].
     """
     if prediction == "velocity":
         return -output
@@ -71,6 +71,14 @@ def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
     """The inverse of `patchify`."""
     cut = patches.view(patches.shape[0], height // patch, width // patch, -1, patch, patch)
     return cut.permute(0, 3, 1, 4, 2, 5).reshape(patches.shape[0], -1, height, width)
+
+
+def token_under_patch(grid: Tensor, rows: int, columns: int) -> Tensor:
+    """Index [B, rows columns] of the token that covers each patch; grid [B, n, 2] in row-major order, padding zero."""
+    extent = grid.amax(1) + 1  # [B, 2] token rows and columns
+    row = (torch.arange(rows, device=grid.device) + 0.5) / rows * extent[:, :1]
+    column = (torch.arange(columns, device=grid.device) + 0.5) / columns * extent[:, 1:]
+    return (row.long()[:, :, None] * extent[:, 1, None, None] + column.long()[:, None, :]).flatten(1)
 
 
 class FastFluxAttention:
@@ -120,7 +128,8 @@ class PixelDecoder(nn.Module):
         self.config = config
         self.flux = flux_class()(
             patch_size=1,
-            in_channels=3 * config.patch_px**2,
+            in_channels=3 * config.patch_px**2 + (token_channels if config.concat_tokens else 0),
+            out_channels=3 * config.patch_px**2,
             num_layers=config.double_blocks,
             num_single_layers=config.single_blocks,
             attention_head_dim=config.head_dim,
@@ -164,7 +173,12 @@ class PixelDecoder(nn.Module):
         flux, patch = self.flux, self.config.patch_px
         dtype = flux.x_embedder.weight.dtype
         height, width = z_t.shape[-2:]
-        image = flux.x_embedder(patchify(z_t.to(dtype), patch))
+        patches = patchify(z_t.to(dtype), patch)
+        if self.config.concat_tokens:
+            place = token_under_patch(grid, height // patch, width // patch)
+            under = tokens.to(dtype).gather(1, place[..., None].expand(-1, -1, tokens.shape[-1]))
+            patches = torch.cat([patches, under], -1)
+        image = flux.x_embedder(patches)
         pooled = image.new_zeros(image.shape[0], POOLED)
         embedded = flux.time_text_embed(to_flux(t.float()) * 1000, pooled)
         tokens = flux.context_embedder(tokens.to(dtype))
