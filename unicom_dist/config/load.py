@@ -6,9 +6,10 @@ Imports no torch.
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -37,6 +38,15 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Load
     path = find_recipe(path_or_name)
     tree = _read_chain(path, [])
     recorded = dict(trees.leaves(tree.pop("origins", {})))  # a run's config.yaml says where its values came from
+    return _checked(tree, overrides, path, recorded)
+
+
+def load_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Loaded:
+    """A configuration given as nested values rather than by a recipe, and overrides on top. ConfigError."""
+    return _checked(trees.parse_value(json.dumps(values), COMMAND_LINE), overrides, Path(COMMAND_LINE), {})
+
+
+def _checked(tree: Tree, overrides: Sequence[str], path: Path, recorded: dict[str, trees.Leaf]) -> Loaded:
     for override in overrides:
         tree = _override(tree, override)
     origins = {key: leaf.origin for key, leaf in trees.leaves(tree)}

@@ -1,0 +1,76 @@
+"""`unicom config`: what a recipe resolves to, what a key means, how two recipes differ."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from unicom_dist.cli.screen import AsJson, Overrides, Recipe, load, print_json, print_table, say
+
+app = typer.Typer(help="Show, explain and compare recipes.", no_args_is_help=True)
+
+
+@app.command()
+def show(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the resolved recipe, every value with its origin."""
+    from unicom_dist.config import explain as written
+
+    loaded = load(recipe, overrides)
+    if as_json:
+        flat = written.flatten(loaded.config)
+        origins = {key: loaded.origins.get(key, written.DEFAULT) for key in flat}
+        print_json({"config": loaded.config.model_dump(mode="json"), "origins": origins})
+    else:
+        say(written.to_yaml(loaded.config, loaded.origins).rstrip("\n"))
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(help="A dotted key or a section, such as codec.decoder.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Also show the value there.")] = "",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a key means, its type and default, and its value in a recipe."""
+    from unicom_dist.config import explain as written
+
+    rows = written.explain(key, load(recipe, overrides) if recipe else None)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    for row in rows:
+        say(row.key)
+        if recipe and row.origin:
+            say(f"  value    {written.scalar(row.value)}  ({row.origin})")
+        say(f"  type     {row.type}")
+        if row.default:
+            say(f"  default  {row.default}")
+        if row.meaning:
+            say(f"  meaning  {row.meaning}")
+
+
+@app.command()
+def diff(
+    left: Annotated[str, typer.Argument(metavar="LEFT", help="A recipe, or a run directory.")],
+    right: Annotated[str, typer.Argument(metavar="RIGHT", help="A recipe, or a run directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the keys whose values differ, defaults filled in."""
+    from unicom_dist.config import explain as written
+
+    found = written.diff(load(left, None).config, load(right, None).config)
+    if as_json:
+        print_json([asdict(item) for item in found])
+        return
+    sides = [
+        (
+            item.key,
+            "-" if item.missing == "left" else written.scalar(item.left),
+            "-" if item.missing == "right" else written.scalar(item.right),
+        )
+        for item in found
+    ]
+    if sides:
+        print_table(("key", left, right), sides)
+    else:
+        say("no differences")
