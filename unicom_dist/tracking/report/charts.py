@@ -5,10 +5,10 @@ script reads values back from the coordinates for its tooltips, so the data are 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unicom_dist.tracking.report.data import Points
-from unicom_dist.tracking.report.html import Child, Markup, join, tag
+from unicom_dist.tracking.report.html import Child, Markup, tag
 
 WIDTH, HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 28
@@ -17,12 +17,18 @@ _MAX_POINTS = 240
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart; `dots` draws its points (sparse, held-out), else a running mean over a faint original."""
+    """One line of a chart; `dots` draws its points (sparse, held-out), `exact` takes no running mean."""
 
     label: str
     points: Points
     color: str
     dots: bool = False
+    exact: bool = False
+
+    @property
+    def shown(self) -> Points:
+        """The points of the strong line."""
+        return self.points if self.dots or self.exact else smooth(self.points)
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,17 @@ class Axis:
         return self.start_px + (value - low) / (high - low) * (self.end_px - self.start_px)
 
 
-def chart(title: str, lines: list[Line], unit: str = "") -> Markup | None:
+def chart(title: str, lines: list[Line], unit: str = "", may_be_log: bool = True) -> Markup | None:
     """The chart of `lines` over steps, or None when none of them has a finite point."""
-    lines = [Line(line.label, _finite(line.points), line.color, line.dots) for line in lines]
+    lines = [replace(line, points=[p for p in line.points if math.isfinite(p[1])]) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return None
-    drawn = [(line, _thin(line.points if line.dots else smooth(line.points))) for line in lines]
-    x_axis, y_axis = _axes(lines, [points for _, points in drawn])
+    drawn = [(line, _thin(line.shown)) for line in lines]
+    x_axis, y_axis = _axes(lines, [points for _, points in drawn], may_be_log)
     marks: list[Child] = [_frame(x_axis, y_axis)]
     for line in lines:
-        if not line.dots and len(line.points) > 8:
+        if len(line.points) >= 40 and not (line.dots or line.exact):
             raw = _path(_thin(line.points), x_axis, y_axis)
             marks.append(tag("polyline", points=raw, stroke=line.color, class_="raw"))
     for line, points in drawn:
@@ -74,28 +80,25 @@ def chart(title: str, lines: list[Line], unit: str = "") -> Markup | None:
         data_x=f"{x_axis.low} {x_axis.high} {x_axis.start_px} {x_axis.end_px}",
         data_y=f"{y_axis.low} {y_axis.high} {y_axis.start_px} {y_axis.end_px} {int(y_axis.log)}",
     )
-    last = lines[0] if not lines[0].dots else lines[-1]
-    ends = [join(tag("span", class_="key", style=f"background:{line.color}"), f" {_last(line)}") for line in lines]
-    note = " · ".join(part for part in (unit, "log" if y_axis.log else "") if part)
-    caption = tag(
-        "figcaption",
-        tag("b", title),
-        tag("span", note, class_="unit") if note else None,
-        tag("span", *ends, class_="ends", title=f"last value of {last.label} and so on"),
-    )
+    ends = [
+        tag("span", tag("i", style=f"background:{line.color}"), number(line.shown[-1][1]), title=f"{line.label}, last")
+        for line in lines[:4]
+    ]
+    note = ", ".join(part for part in (unit, "log" if y_axis.log else "") if part)
+    caption = tag("figcaption", tag("b", title), tag("span", note, class_="unit"), tag("span", *ends, class_="ends"))
     return tag("figure", caption, svg, class_="chart")
 
 
 def smooth(points: Points) -> Points:
-    """Running mean with exponential weights over about a thirtieth of the points, without the bias of its start."""
-    keep = max(0.0, 1.0 - 30.0 / max(len(points), 1))
-    if keep == 0.0:
-        return points
-    mean = weight = 0.0
+    """Centred running mean over about a twentieth of the points, narrower towards both ends, so that nothing lags."""
+    most = len(points) // 40
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
     result = []
-    for x, y in points:
-        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
-        result.append((x, mean / weight))
+    for i, (x, _) in enumerate(points):
+        half = min(most, i, len(points) - 1 - i)
+        result.append((x, (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)))
     return result
 
 
@@ -108,15 +111,6 @@ def number(value: float) -> str:
         if size >= limit:
             return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[suffix]:.4g}{suffix}"
     return f"{value:.2e}" if size < 1e-3 else f"{value:.4g}"
-
-
-def _last(line: Line) -> str:
-    points = line.points if line.dots else smooth(line.points)
-    return number(points[-1][1])
-
-
-def _finite(points: Points) -> Points:
-    return [(x, y) for x, y in points if math.isfinite(y)]
 
 
 def _thin(points: Points) -> Points:
@@ -132,14 +126,14 @@ def _thin(points: Points) -> Points:
     return [*kept, points[-1]]
 
 
-def _axes(lines: list[Line], drawn: list[Points]) -> tuple[Axis, Axis]:
+def _axes(lines: list[Line], drawn: list[Points], may_be_log: bool) -> tuple[Axis, Axis]:
     steps = [x for line in lines for x, _ in line.points]
     shown = [y for points in drawn for _, y in points]
     raw = sorted(y for line in lines for _, y in line.points)
     # The faint line may leave the frame at its rarest spikes; the running means and the dots may not.
     inner = raw[len(raw) // 200 : len(raw) - len(raw) // 200]
     low, high = min(*shown, inner[0]), max(*shown, inner[-1])
-    log = low > 0 and high / low > 5
+    log = may_be_log and low > 0 and high / low > 5
     if log:
         pad = (high / low) ** 0.04
         low, high = low / pad, high * pad

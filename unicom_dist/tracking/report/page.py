@@ -25,7 +25,9 @@ _NAMES = {
     "mfu": "MFU", "step_s": "step time", "data_wait_s": "data wait", "pad_share": "padding",
 }  # fmt: skip
 _UNITS = {"mfu": "share of peak", "step_s": "s", "data_wait_s": "s per step", "pad_share": "share", "loss/text": "nats"}
-_SPEED = ("tokens_per_s", "latents_per_s", "images_per_s", "mfu", "step_s", "data_wait_s", "pad_share")
+_BEHIND = (
+    "lr", "grad_norm", "tokens_per_s", "latents_per_s", "images_per_s", "mfu", "step_s", "data_wait_s", "pad_share",
+)  # fmt: skip
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -130,50 +132,77 @@ def _timeline(run: Run) -> Markup | None:
     for index, stage in enumerate(run.stages.values()):
         share = 100 * stage.busy_s / run.busy_s
         label = f"{stage.name} {format_duration(stage.busy_s)}"
+        shown = label if share > 12 else stage.name if share > 7 else ""
         style = f"flex-grow:{max(share, 1.0):.2f};background:{COLORS[index % len(COLORS)]}"
-        parts.append(tag("span", label, style=style, title=f"{label}, {stage.last_step} steps"))
+        parts.append(tag("span", shown or Markup("&nbsp;"), style=style, title=f"{label}, {stage.last_step} steps"))
     return tag("div", *parts, class_="timeline")
 
 
 def curves(runs: list[Run]) -> Markup | None:
-    """The charts, stage by stage: losses first, then other figures, speed last and folded away."""
+    """The charts, stage by stage: losses open, optimiser and speed folded away."""
     stages = list(dict.fromkeys(name for run in runs for name in run.stages))
     blocks: list[Child] = [_legend(runs)]
     for stage in stages:
         names = dict.fromkeys(n for run in runs if stage in run.stages for n in run.stages[stage].curves)
-        ordered = sorted(names, key=_rank)
-        main = [c for n in ordered if n not in _SPEED and (c := _chart(runs, stage, n))]
-        speed = [c for n in ordered if n in _SPEED and (c := _chart(runs, stage, n))]
-        if main or speed:
+        ordered = sorted((name for name in names if "@" not in name), key=_rank)
+        front = [_chart(runs, stage, name) for name in ordered if name not in _BEHIND]
+        front += [
+            _fixed_times(runs, stage, name) for name in dict.fromkeys(n.partition("@")[0] for n in names if "@" in n)
+        ]
+        behind = [_chart(runs, stage, name) for name in ordered if name in _BEHIND]
+        charts = [[c for c in group if c] for group in (front, behind)]
+        if any(charts):
             blocks.append(tag("h3", stage or "pipeline"))
-        if main:
-            blocks.append(tag("div", *main, class_="charts"))
-        if speed:
-            folded = tag("div", *speed, class_="charts")
-            blocks.append(tag("details", tag("summary", "speed"), folded, class_="speed"))
+        if charts[0]:
+            blocks.append(tag("div", *charts[0], class_="charts"))
+        if charts[1]:
+            folded = tag("div", *charts[1], class_="charts")
+            blocks.append(tag("details", tag("summary", "optimiser and speed"), folded))
     return join(*blocks) if len(blocks) > 1 else None
 
 
-def _rank(name: str) -> tuple[int, str]:
+def _rank(name: str) -> tuple[int, int, str]:
     known = list(_NAMES)
-    group = (
-        0 if name == "loss/total" else 1 if name.startswith("loss/") and "@" not in name else 2 if "@" in name else 3
-    )
-    return group, f"{known.index(name):02}" if name in known else f"99{name}"
+    return (0 if name.startswith("loss/") else 1, known.index(name) if name in known else len(known), name)
+
+
+def _curve(run: Run, stage: str, name: str) -> Curve:
+    return run.stages[stage].curves.get(name, Curve()) if stage in run.stages else Curve()
+
+
+def _title(name: str) -> str:
+    return _NAMES.get(name, name.removeprefix("loss/").replace("_", " "))
 
 
 def _chart(runs: list[Run], stage: str, name: str) -> Markup | None:
     lines = []
     for index, run in enumerate(runs):
-        curve = run.stages[stage].curves.get(name, Curve()) if stage in run.stages else Curve()
-        several = len(runs) > 1
-        train, heldout = (COLORS[index % len(COLORS)],) * 2 if several else (TRAIN, HELD_OUT)
-        prefix = f"{run.name} " if several else ""
-        lines.append(Line(f"{prefix}train", curve.train, train))
-        lines.append(Line(f"{prefix}held-out", curve.heldout, heldout, dots=True))
-    title, _, fixed = name.partition("@")
-    label = _NAMES.get(title, title.removeprefix("loss/").replace("_", " "))
-    return chart(f"{label} at t = {fixed}" if fixed else label, lines, _UNITS.get(title, ""))
+        curve = _curve(run, stage, name)
+        prefix = f"{run.name}, " if len(runs) > 1 else ""
+        colors = (COLORS[index % len(COLORS)],) * 2 if len(runs) > 1 else (TRAIN, HELD_OUT)
+        lines.append(Line(f"{prefix}training", curve.train, colors[0], exact=name == "lr"))
+        lines.append(Line(f"{prefix}held-out", curve.heldout, colors[1], dots=True))
+    return chart(_title(name), lines, _UNITS.get(name, ""), may_be_log=name.startswith("loss/") or name == "grad_norm")
+
+
+def _fixed_times(runs: list[Run], stage: str, name: str) -> Markup | None:
+    """One chart of `name@t` for all t, dark where the input is mostly noise; of several runs each has its colour."""
+    lines = []
+    for index, run in enumerate(runs):
+        found = run.stages[stage].curves if stage in run.stages else {}
+        times = sorted(key.partition("@")[2] for key in found if key.startswith(f"{name}@"))
+        for number_, t in enumerate(times):
+            curve = found[f"{name}@{t}"]
+            color = COLORS[index % len(COLORS)] if len(runs) > 1 else shade(number_ / max(len(times) - 1, 1))
+            prefix = f"{run.name}, " if len(runs) > 1 else ""
+            lines.append(Line(f"{prefix}t = {t}", curve.heldout or curve.train, color, dots=True))
+    return chart(f"{_title(name)} at fixed t", lines, "held-out")
+
+
+def shade(share: float) -> str:
+    """A colour between dark brown (0) and light orange (1)."""
+    dark, light = (0x6B, 0x2D, 0x06), (0xF2, 0xA3, 0x5E)
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(dark, light, strict=True))
 
 
 def _legend(runs: list[Run]) -> Markup:

@@ -1,6 +1,6 @@
 """Picture grids over time, embedded in the page; prompts stand above each picture in the grid itself.
 
-Of many steps a few are shown, evenly spread, first and last always; the last is wide, a click widens another.
+Of many steps a few are shown, evenly spread, first and last always; a click enlarges one.
 """
 
 import base64
@@ -12,27 +12,25 @@ from PIL import Image
 from unicom_dist.tracking.report.data import Grid, Run
 from unicom_dist.tracking.report.html import Child, Markup, join, tag
 
-_MAX_STEPS = 6
+_MAX_STEPS = 5
 _MAX_SIDE_PX = 1600
-_TITLES = {
-    "prompts": ("Pictures drawn from prompts", "drawn"),
-    "reconstruction": ("Reconstructions beside their originals", "reconstructed"),
-}
 
 
 def pictures(run: Run, kind: str) -> Markup | None:
-    """All grids of `kind`, stage by stage; None when there are none."""
-    blocks: list[Child] = []
-    for stage, found in groupby([g for g in run.grids if g.kind == kind], key=lambda grid: grid.stage):
-        grids = list(found)
-        shown = spread(grids, _MAX_STEPS)
-        figures = [figure for g in shown if (figure := _figure(g, wide=g is shown[-1]))]
-        if not figures:
-            continue
-        count = f"{len(shown)} of {len(grids)} steps shown" if len(shown) < len(grids) else ""
-        blocks.append(tag("h3", stage, tag("small", count) if count else None))
-        blocks.append(tag("div", *reversed(figures), class_="film"))
-    return join(*blocks) if blocks else None
+    """The newest grid of `kind` large, then what each stage's looked like over its steps; None when there are none."""
+    grids = [grid for grid in run.grids if grid.kind == kind]
+    newest = next((figure for grid in reversed(grids) if (figure := _figure(grid, lead=True))), None)
+    if newest is None:
+        return None
+    blocks: list[Child] = [tag("div", newest, class_="lead")]
+    for stage, found in groupby(grids, key=lambda grid: grid.stage):
+        of_stage = list(found)
+        shown = [grid for grid in spread(of_stage, _MAX_STEPS) if grid is not grids[-1]]
+        figures = [figure for grid in shown if (figure := _figure(grid))]
+        if figures:
+            blocks.append(tag("h3", stage, tag("small", "over its steps; click to enlarge")))
+            blocks.append(tag("div", *figures, class_="film"))
+    return join(*blocks)
 
 
 def spread(items: list[Grid], most: int) -> list[Grid]:
@@ -42,15 +40,14 @@ def spread(items: list[Grid], most: int) -> list[Grid]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _figure(grid: Grid, wide: bool) -> Markup | None:
+def _figure(grid: Grid, lead: bool = False) -> Markup | None:
     source = embed(grid)
     if source is None:
         return None
     prompts = grid.details.get("prompts")
     names = ", ".join(str(p) for p in prompts) if isinstance(prompts, list) else ""
-    verb = _TITLES.get(grid.kind, ("", "made"))[1]
-    image = tag("img", src=source, alt=f"{verb} at step {grid.step}: {names}", loading="lazy")
-    return tag("figure", image, tag("figcaption", f"step {grid.step}"), class_="wide" if wide else None)
+    where = f"{grid.stage}, step {grid.step}" if lead else f"step {grid.step}"
+    return tag("figure", tag("img", src=source, alt=f"{where}: {names}"), tag("figcaption", where))
 
 
 def embed(grid: Grid) -> str | None:
