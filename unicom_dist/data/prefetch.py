@@ -4,6 +4,7 @@ A loader plans a step (what is in it, for all ranks), then builds the share of i
 the state handed out is that after the last step the trainer *received*, however far the thread has run ahead.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -71,6 +72,8 @@ class StepLoader(ABC, Generic[Batch]):
         """Stop the thread and drop what it prepared; the next `next_step` prepares it again."""
         if self._thread is not None:
             self._stop.set()
+            with contextlib.suppress(queue.Empty):
+                self._queue.get_nowait()  # wakes a thread that waits for room
             self._thread.join()
             self._thread = None
             self._stop.clear()

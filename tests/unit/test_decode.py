@@ -1,0 +1,109 @@
+"""Image decoding: orientation, transparency, shape, damage, size; arrays without pickle. 1 process, 1 s."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unicom_dist.config.errors import DataError
+from unicom_dist.data import decode
+from unicom_dist.data.decode import TargetCache, decode_image, to_square
+from unicom_dist.data.npy import read_npy, to_tensor, write_npy
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_lossless_images_come_back_exactly() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        target = to_square(decode_image(encoded(Image.fromarray(pixels), kind, **options), "k"), 8)
+        assert np.array_equal(target, pixels.transpose(2, 0, 1))
+
+
+def test_orientation_follows_exif() -> None:
+    image = Image.new("RGB", (6, 4), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    upright = decode_image(encoded(image, exif=exif), "k")
+    assert upright.size == (4, 6)
+    assert upright.getpixel((3, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_over_white(mode: str) -> None:
+    clear = Image.new(mode, (2, 2), (0,) * len(mode))
+    assert decode_image(encoded(clear), "k").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_palette_with_a_clear_colour_is_laid_over_white() -> None:
+    image = Image.new("P", (2, 2), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    assert decode_image(encoded(image, transparency=0), "k").getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_another_shape_is_fitted_whole_and_centred() -> None:
+    target = to_square(Image.new("RGB", (16, 8), "red"), 8)
+    assert target.shape == (3, 8, 8)
+    assert (target[:, :2] == 255).all()
+    assert (target[:, 6:] == 255).all()
+    assert (target[0, 2:6] == 255).all()
+    assert (target[1, 2:6] == 0).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", encoded(Image.effect_noise((99, 99), 50))[:500]])
+def test_damaged_images_are_refused_by_name(content: bytes) -> None:
+    with pytest.raises(DataError, match="train/k: the image cannot be read"):
+        decode_image(content, "train/k")
+
+
+def test_a_huge_image_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MAX_PIXELS", 99)
+    with pytest.raises(DataError, match="10 x 10 pixels"):
+        decode_image(encoded(Image.new("RGB", (10, 10))), "k")
+
+
+def test_the_cache_stays_within_its_bytes() -> None:
+    cache, content = TargetCache(4, limit_bytes=2 * 3 * 4 * 4), encoded(Image.new("RGB", (4, 4), "red"))
+    first = [cache.get(number, content, "k") for number in range(3)]
+    assert cache.get(0, b"", "k") is first[0]
+    with pytest.raises(DataError):
+        cache.get(2, b"", "k")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64])
+def test_arrays_come_back_as_views(dtype: type) -> None:
+    array = np.arange(12).reshape(4, 3).astype(dtype)
+    content = memoryview(write_npy(array))
+    again = read_npy(content, "k")
+    assert again.dtype == array.dtype
+    assert np.array_equal(again, array)
+    assert not again.flags.owndata
+    assert np.array_equal(np.load(io.BytesIO(content)), array)
+
+
+def test_bfloat16_survives() -> None:
+    values = torch.randn(3, 2).bfloat16()
+    stored = write_npy(values.view(torch.int16).numpy().view("V2"))
+    assert torch.equal(to_tensor(read_npy(memoryview(stored), "k")), values)
+
+
+def test_damaged_arrays_and_objects_are_refused() -> None:
+    whole = write_npy(np.zeros((4, 3)))
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    for content in (b"", b"x" * 200, whole[:60], whole[:-1], buffer.getvalue(), write_npy_fortran()):
+        with pytest.raises(DataError, match="k: the array cannot be read"):
+            read_npy(memoryview(content), "k")
+
+
+def write_npy_fortran() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.asfortranarray(np.arange(6).reshape(2, 3)))
+    return buffer.getvalue()
