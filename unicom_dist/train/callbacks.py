@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unicom_dist.objective.terms import LossTerm
 from unicom_dist.tracking.console import StageConsole
-from unicom_dist.tracking.flops import measure_peak
+from unicom_dist.tracking.flops import device_peak
 from unicom_dist.tracking.metrics import MetricsWriter
 from unicom_dist.tracking.status import write_status
 
@@ -43,7 +43,8 @@ class Observer:
         self._metrics: MetricsWriter | None = None
         self._console: StageConsole | None = None
         self._terminal = terminal
-        self._peak = measure_peak(run.mesh.device, torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32)
+        dtype = torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32
+        self._peak = device_peak(run.mesh.device, dtype)
 
     def __enter__(self) -> "Observer":
         if self._first:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from unicom_dist.checkpoint.weights import export_weights, read_weights_config
@@ -22,12 +23,14 @@ from unicom_dist.data.pairs import feature_channels, open_set
 from unicom_dist.data.prefetch import StepLoader
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import Codec, CodecBatch, LatentStats
+from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.objective.perceptual import Lpips
 from unicom_dist.objective.terms import LossTerm, codec_counts, codec_terms, prior_counts, prior_terms
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.tracking.flops import prior_flops
+from unicom_dist.train.pictures import draw_prompts, draw_reconstructions
 
 Batch = TypeVar("Batch", CodecBatch, PackedBatch)
 
@@ -66,6 +69,10 @@ class Task(ABC, Generic[Batch]):
     def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
         """Write the averaged weights as a folder others can read. Called on rank 0."""
 
+    @abstractmethod
+    def draw(self, model: nn.Module) -> tuple[Image.Image, list[str]]:
+        """A grid of pictures of the model as it is, and their labels. Called on rank 0."""
+
 
 class CodecTask(Task[CodecBatch]):
     """Compressor, decompressor and decoder on images and their features."""
@@ -87,7 +94,8 @@ class CodecTask(Task[CodecBatch]):
         return Codec(self.config.codec, self._channels, self.config.seed)
 
     def loader(self, mesh: Mesh) -> StepLoader[CodecBatch]:
-        return CodecLoader(self.config, self.stage, mesh.dp_rank, mesh.dp_size)
+        expected = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
+        return CodecLoader(self.config, self.stage, mesh.dp_rank, mesh.dp_size, expect_fingerprint=expected)
 
     def counts(self, batch: CodecBatch) -> dict[str, int]:
         return codec_counts(batch, self.config.codec)
@@ -114,6 +122,10 @@ class CodecTask(Task[CodecBatch]):
         }
         export_weights(folder, content, weights)
 
+    def draw(self, model: nn.Module) -> tuple[Image.Image, list[str]]:
+        assert isinstance(model, Codec)
+        return draw_reconstructions(self.config, model)
+
 
 class PriorTask(Task[PackedBatch]):
     """The Transfusion backbone on packed rows of text, features and latents."""
@@ -132,7 +144,16 @@ class PriorTask(Task[PackedBatch]):
         return module
 
     def loader(self, mesh: Mesh) -> StepLoader[PackedBatch]:
-        return PriorLoader(self.config, self.stage, self._vocabulary, self._stats, mesh.dp_rank, mesh.dp_size)
+        expected = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
+        return PriorLoader(
+            self.config,
+            self.stage,
+            self._vocabulary,
+            self._stats,
+            mesh.dp_rank,
+            mesh.dp_size,
+            expect_fingerprint=expected,
+        )
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return prior_counts(batch)
@@ -175,6 +196,10 @@ class PriorTask(Task[PackedBatch]):
             "provenance": provenance(self.config, self.stage),
         }
         export_weights(folder, content, weights, lambda place: self._vocabulary.save(place / "vocabulary.json"))
+
+    def draw(self, model: nn.Module) -> tuple[Image.Image, list[str]]:
+        assert isinstance(model, Transfusion)
+        return draw_prompts(self.config, model, self._vocabulary, self._stats)
 
 
 def make_task(config: Config, stage: StageConfig) -> Task[Any]:
