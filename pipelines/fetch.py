@@ -139,7 +139,9 @@ def download(package: Package, folder: Path) -> Path:
     _run(command, package, folder)
     found = [path for path in folder.iterdir() if path.suffix in (".tgz", ".gz", ".whl")]
     if len(found) != 1:
-        raise PreflightError(f"{package.name} {package.version} was not downloaded", "the client left no file", "", DOCS)
+        raise PreflightError(
+            f"{package.name} {package.version} was not downloaded", "the client left no file", "", DOCS
+        )
     with found[0].open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != package.sha256:

@@ -1,0 +1,272 @@
+"""`unicom data ingest`: a source into the shard sets train/, augmented/ and heldout/ under `data.path`.
+
+Pictures are prepared by a process per core, in key order, and written by this process alone. Which keys are held out
+follows from a hash of the key. A set is finished when its manifest is there: an interrupted one is started again, a
+finished set is not made again, and a set that was made with other settings is refused.
+"""
+
+import hashlib
+import itertools
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.pictures import Stored, make_views
+from pipelines.progress import JobProgress
+from pipelines.sources import Record, Source, open_source
+from unicom_dist.config.errors import DataError, PreflightError
+from unicom_dist.config.schema import Config, DataConfig
+from unicom_dist.data.manifest import Manifest
+from unicom_dist.data.tar import ShardEntry, ShardWriter
+
+log = logging.getLogger(__name__)
+Say = Callable[[str], None]
+DOCS = "docs/data.md"
+CHUNK = 16  # pictures a worker process prepares at a time
+BYTES_PER_PIXEL = 1.2  # lossless WebP of photographs; an upper estimate for drawings
+
+
+@dataclass
+class SetSummary:
+    """What one shard set holds, and what was left out of it."""
+
+    name: str
+    samples: int
+    shards: int
+    bytes: int
+    reused: bool
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """One line for the screen."""
+        state = "already there" if self.reused else "written"
+        text = f"{self.name}: {self.samples} samples in {self.shards} shards, {self.bytes / 1e6:.1f} MB, {state}"
+        if self.skipped:
+            some = "; ".join(f"{key}: {reason}" for key, reason in itertools.islice(self.skipped.items(), 3))
+            text += f"; {len(self.skipped)} skipped ({some}{'; …' if len(self.skipped) > 3 else ''})"
+        return text
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a key is kept for evaluation: the first 8 bytes of its sha256 as a fraction are below `share`."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2**64
+
+
+def ingest(config: Config, say: Say = log.info, assets: str | Path = "assets", workers: int = 0) -> list[SetSummary]:
+    """Write the shard sets of `config.data` and return what each holds. `workers`: processes, 0 = one per core.
+
+    ConfigError: no such source. DataError: nothing usable, too many bad samples, sets of another source or other
+    settings are there. PreflightError: the folder cannot be written or is too small.
+    """
+    data = config.data
+    source = open_source(data, assets)
+    target = Path(data.path)
+    held = [record for record in source.records if is_held_out(record.key, data.held_out)]
+    train = [record for record in source.records if not is_held_out(record.key, data.held_out)]
+    plan: list[tuple[str, list[Record], range]] = [("train", train, range(1))]
+    if data.augmented_views:
+        plan.append(("augmented", train, range(1, data.augmented_views + 1)))
+    plan.append(("heldout", held, range(1)))
+    _check_bad(source.skipped, len(source.records) + len(source.skipped), data, "in the source")
+    say(
+        f"{source.name}: {len(source.records)} captioned pictures, {len(train)} to train, {len(held)} held out"
+        + (f", {data.augmented_views} augmented views each" if data.augmented_views else "")
+    )
+    todo = []
+    for name, records, views in plan:
+        manifest = _existing(target / name, _producer(source, name, views, config))
+        if manifest is None:
+            todo.append((name, records, views))
+    pictures = sum(len(records) * len(views) for _, records, views in todo)
+    if pictures:
+        _check_room(target, pictures * data.image_px**2 * BYTES_PER_PIXEL)
+    if todo:
+        with _Pool(workers) as pool:
+            for name, records, views in todo:
+                _write_set(pool, source, name, records, views, config)
+    summaries = []
+    for name, _, _ in plan:
+        manifest = Manifest.read(target / name)
+        reused = name not in {done for done, _, _ in todo}
+        summaries.append(
+            SetSummary(name, manifest.samples, len(manifest.shards), manifest.bytes, reused, manifest.skipped)
+        )
+        say(summaries[-1].line())
+    return summaries
+
+
+def _producer(source: Source, name: str, views: range, config: Config) -> dict[str, Any]:
+    data = config.data
+    producer: dict[str, Any] = {
+        "source": source.name,
+        "listing": source.fingerprint,
+        "set": name,
+        "image_px": data.image_px,
+        "held_out": data.held_out,
+        "shard_samples": data.shard_samples,
+    }
+    if len(views) and views[0]:
+        producer |= {"views": len(views), "seed": config.seed}
+    return producer
+
+
+def _fingerprint(producer: dict[str, Any]) -> str:
+    return hashlib.sha256(repr(sorted(producer.items())).encode()).hexdigest()[:32]
+
+
+def _existing(folder: Path, producer: dict[str, Any]) -> Manifest | None:
+    """The manifest of a finished set, None if there is none. DataError if it was made from something else."""
+    if not Manifest.file(folder).is_file():
+        return None
+    manifest = Manifest.read(folder)
+    if manifest.fingerprint != _fingerprint(producer):
+        differing = [
+            f"{name} was {manifest.producer.get(name)!r}, now {value!r}"
+            for name, value in producer.items()
+            if manifest.producer.get(name) != value
+        ]
+        raise DataError(
+            f"{folder} holds shards of another source or other settings",
+            "; ".join(differing) or "the manifest is of another version",
+            f"remove {folder} to make them again, or set data.path to another folder",
+            DOCS,
+        )
+    problems = manifest.verify(folder)
+    if problems:
+        log.warning("%s: %s; making the set again", folder, problems[0])
+        return None
+    return manifest
+
+
+def _check_room(target: Path, needed: float) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        probe = target / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PreflightError(
+            f"data.path = {str(target)!r} cannot be written", str(error), "choose another folder", DOCS
+        ) from error
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise PreflightError(
+            f"data.path = {str(target)!r}: {free / 1e9:.1f} GB free",
+            f"the shards may need {needed / 1e9:.1f} GB",
+            "free space, lower data.image_px or data.augmented_views, or choose another folder",
+            DOCS,
+        )
+
+
+def _check_bad(bad: dict[str, str], total: int, data: DataConfig, where: str) -> None:
+    if len(bad) > data.max_bad_fraction * total:
+        some = "; ".join(f"{key}: {reason}" for key, reason in itertools.islice(bad.items(), 5))
+        raise DataError(
+            f"{len(bad)} of {total} samples {where} are unusable, data.max_bad_fraction = {data.max_bad_fraction}",
+            some,
+            "mend or remove them, or raise data.max_bad_fraction to skip that many",
+            DOCS,
+        )
+
+
+def _write_set(
+    pool: "_Pool", source: Source, name: str, records: Sequence[Record], views: range, config: Config
+) -> None:
+    """Write one set and its manifest."""
+    data = config.data
+    folder = Path(data.path) / name
+    Manifest.file(folder).unlink(missing_ok=True)
+    for stale in itertools.chain(folder.glob(f"{source.name}-[0-9]*.tar"), folder.glob("*.tmp")):
+        stale.unlink()
+    skipped = dict(source.skipped) if name == "train" else {}
+    bad: dict[str, str] = {}
+    entries: list[ShardEntry] = []
+    samples = 0
+
+    def prepared() -> Iterator[Stored]:
+        with JobProgress(f"ingest {name}", len(records) * len(views), start=0) as progress:
+            for number, (record, result) in enumerate(zip(records, pool.map(records, views, config), strict=True), 1):
+                if isinstance(result, str):
+                    bad[record.key] = result
+                    _check_bad(bad, len(records), data, f"of {name}")
+                else:
+                    yield from result
+                progress.update(number * len(views))
+
+    stored = prepared()
+    for number in itertools.count():
+        batch = itertools.islice(stored, data.shard_samples)
+        first = next(batch, None)
+        if first is None:
+            break
+        with ShardWriter(folder / f"{source.name}-{number:06d}.tar") as writer:
+            for sample in itertools.chain([first], batch):
+                writer.write(sample.key, sample.members)
+        entries.append(writer.entry)
+        samples += writer.entry.samples
+    if not samples and name != "heldout":
+        raise DataError(f"{folder}: no sample is left", f"{len(bad)} were skipped", "check the source", DOCS)
+    producer = _producer(source, name, views, config)
+    manifest = Manifest(fingerprint=_fingerprint(producer), producer=producer, shards=entries, skipped=skipped | bad)
+    manifest.write(folder)
+
+
+def _prepare(records: Sequence[Record], views: range, image_px: int, seed: int) -> list[list[Stored] | str]:
+    """The samples of each record, or why there are none. Runs in a worker process."""
+    results: list[list[Stored] | str] = []
+    for record in records:
+        try:
+            results.append(make_views(record, views, image_px, seed))
+        except DataError as error:
+            results.append(error.what)
+    return results
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent answers it
+
+
+class _Pool:
+    """Worker processes that prepare pictures; results come in order, a few chunks ahead of the writer."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers or len(os.sched_getaffinity(0))
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "_Pool":
+        # Spawned, not forked: the parent may hold threads and locks.
+        self._executor = ProcessPoolExecutor(self._workers, multiprocessing.get_context("spawn"), _ignore_interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, records: Sequence[Record], views: range, config: Config) -> Iterator[list[Stored] | str]:
+        """One result per record, in order. PreflightError if a worker process dies."""
+        assert self._executor is not None
+        size = max(CHUNK // len(views), 1)
+        chunks = iter([records[start : start + size] for start in range(0, len(records), size)])
+        pending: list[Future[list[list[Stored] | str]]] = []
+        try:
+            while True:
+                for chunk in itertools.islice(chunks, 3 * self._workers - len(pending)):
+                    pending.append(self._executor.submit(_prepare, chunk, views, config.data.image_px, config.seed))
+                if not pending:
+                    return
+                yield from pending.pop(0).result()
+        except BrokenProcessPool as error:
+            raise PreflightError(
+                "a worker process of the ingest was killed",
+                "often the machine ran out of memory",
+                "run the command again; finished sets are kept",
+                DOCS,
+            ) from error
