@@ -1,0 +1,131 @@
+"""Losses do not depend on how a step is cut; empty terms are exact zeros. One process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unicom_dist.config.schema import CodecConfig, StageConfig
+from unicom_dist.models.codec import CodecBatch
+from unicom_dist.models.segments import PackedBatch
+from unicom_dist.objective.perceptual import Lpips
+from unicom_dist.objective.terms import codec_counts, codec_terms, prior_counts, prior_terms, total
+
+STAGE = StageConfig(name="sft", kind="prior", steps=1, lambda_text=1.5, lambda_flow=5.0)
+
+
+def prior_step(labels: int, latents: int, seed: int = 0) -> tuple[tuple[torch.Tensor, torch.Tensor], PackedBatch]:
+    """Outputs that require gradients and a batch with only what losses read."""
+    draw = torch.Generator().manual_seed(seed)
+    none = torch.zeros(0, dtype=torch.int64)
+    grid = torch.zeros(0, 2, dtype=torch.int64)
+    batch = PackedBatch(
+        segments=[],
+        rope_positions=none,
+        token_ids=none,
+        token_index=none,
+        label_index=torch.arange(labels),
+        label_ids=torch.randint(9, (labels,), generator=draw),
+        latents=torch.randn(latents, 4, generator=draw),
+        noise=torch.randn(latents, 4, generator=draw),
+        t=torch.rand(latents, generator=draw),
+        latent_index=torch.arange(latents),
+        latent_grid=grid,
+        features=torch.zeros(0, 3),
+        feature_index=none,
+        feature_grid=grid,
+        keys=[],
+        tasks=[],
+        label_sample=none,
+        latent_sample=none,
+    )
+    logits = torch.randn(labels, 9, generator=draw).requires_grad_()
+    return (logits, torch.randn(latents, 4, generator=draw).requires_grad_()), batch
+
+
+def test_prior_loss_is_the_weighted_sum_of_means() -> None:
+    (logits, velocity), batch = prior_step(6, 10)
+    expected = 1.5 * torch.nn.functional.cross_entropy(logits, batch.label_ids)
+    expected = expected + 5.0 * (velocity - (batch.latents - batch.noise)).square().mean()
+    terms = prior_terms((logits, velocity), batch, STAGE)
+    torch.testing.assert_close(total(terms, prior_counts(batch)), expected)
+
+
+def test_prior_gradients_do_not_depend_on_the_cut() -> None:
+    """Two ranks with unequal shares, averaged by the engine, against one process with everything."""
+    pieces = [prior_step(5, 0, seed=1), prior_step(1, 12, seed=2)]
+    counts = {"text": 6, "flow": 12}
+    for outputs, batch in pieces:
+        (total(prior_terms(outputs, batch, STAGE), counts, dp_size=2) / 2).backward()
+    logits, velocity = (torch.cat([outputs[i].detach() for outputs, _ in pieces]).requires_grad_() for i in (0, 1))
+    whole = replace(
+        pieces[0][1],
+        label_ids=torch.cat([batch.label_ids for _, batch in pieces]),
+        latents=torch.cat([batch.latents for _, batch in pieces]),
+        noise=torch.cat([batch.noise for _, batch in pieces]),
+    )
+    total(prior_terms((logits, velocity), whole, STAGE), counts).backward()
+    torch.testing.assert_close(torch.cat([outputs[0].grad for outputs, _ in pieces]), logits.grad)
+    torch.testing.assert_close(torch.cat([outputs[1].grad for outputs, _ in pieces]), velocity.grad)
+
+
+@pytest.mark.parametrize(("labels", "latents"), [(0, 5), (5, 0), (0, 0)])
+def test_an_empty_modality_is_an_exact_zero_on_the_graph(labels: int, latents: int) -> None:
+    outputs, batch = prior_step(labels, latents)
+    terms = prior_terms(outputs, batch, STAGE)
+    loss = total(terms, prior_counts(batch))
+    assert loss.isfinite()
+    for name, count in prior_counts(batch).items():
+        assert (terms[name].sum.item() == 0) == (count == 0)
+        assert terms[name].sum.requires_grad
+    loss.backward()
+    assert all(output.grad is not None for output in outputs)
+
+
+def codec_step(t: list[float]) -> tuple[tuple[torch.Tensor, torch.Tensor], CodecBatch]:
+    draw = torch.Generator().manual_seed(len(t))
+    size = len(t)
+    images, noise, velocity, clean = torch.randn(4, size, 3, 32, 32, generator=draw).unbind(0)
+    batch = CodecBatch(
+        images=images,
+        features=torch.zeros(size, 1, 4),
+        mask=torch.ones(size, 1, dtype=torch.bool),
+        grid=torch.zeros(size, 1, 2, dtype=torch.int64),
+        noise=noise,
+        t=torch.tensor(t),
+        latent_noise=torch.zeros(size, 1, 2),
+        latent_noise_level=torch.zeros(size),
+        keys=[""] * size,
+    )
+    return (velocity.requires_grad_(), clean.requires_grad_()), batch
+
+
+def test_perceptual_term_looks_at_low_noise_images_alone() -> None:
+    network = Lpips("alex")
+    config = CodecConfig(perceptual_min_t=0.5, perceptual_weight=0.7)
+    (velocity, clean), batch = codec_step([0.1, 0.5, 0.9, 0.4])
+    assert codec_counts(batch, config) == {"flow": 4, "perceptual": 2}
+    terms = codec_terms((velocity, clean), batch, config, network)
+    loss = total(terms, codec_counts(batch, config))
+    expected = (velocity - (batch.images - batch.noise)).square().mean()
+    expected = expected + 0.7 * network(clean[1:3], batch.images[1:3]).mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert clean.grad is not None
+    assert clean.grad.flatten(1).any(1).tolist() == [False, True, True, False]
+
+
+def test_perceptual_term_of_no_image_is_an_exact_zero_on_the_graph() -> None:
+    config = CodecConfig()
+    outputs, batch = codec_step([0.1, 0.2])
+    terms = codec_terms(outputs, batch, config, Lpips("alex"))
+    assert terms["perceptual"].sum.item() == 0
+    total(terms, codec_counts(batch, config)).backward()
+    assert outputs[1].grad is not None
+    assert not outputs[1].grad.any()
+
+
+def test_without_a_perceptual_network_there_is_no_such_term() -> None:
+    config = CodecConfig(perceptual="none")
+    outputs, batch = codec_step([0.9])
+    assert codec_terms(outputs, batch, config, None).keys() == codec_counts(batch, config).keys() == {"flow"}
