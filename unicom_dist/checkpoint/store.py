@@ -68,9 +68,7 @@ class CheckpointStore:
             for stale in folder.glob(".step-*"):
                 shutil.rmtree(stale, ignore_errors=True)
 
-    def save(
-        self, step: int, state: State, fragments: list[Fragment], extra: dict[str, Any], replicated: bool
-    ) -> None:
+    def save(self, step: int, state: State, fragments: list[Fragment], extra: dict[str, Any], replicated: bool) -> None:
         """Stage the state and start writing. Every rank calls it at the same step; waits for the write before it.
 
         `replicated`: all ranks hold the same state, rank 0 writes it. `extra` (JSON) is rank 0's, for `read_extra`.
@@ -87,7 +85,10 @@ class CheckpointStore:
         shapes = {f.name: list(f.shape) for f in fragments}
         text = json.dumps({"format": FORMAT, "step": step, "dp": self.mesh.dp_size, "shapes": shapes, **extra})
         self._thread = threading.Thread(
-            target=self._write, args=(step, tensors, {"fragments": json.dumps(where)}, text), name="checkpoint", daemon=True
+            target=self._write,
+            args=(step, tensors, {"fragments": json.dumps(where)}, text),
+            name="checkpoint",
+            daemon=True,
         )
         self._thread.start()
 

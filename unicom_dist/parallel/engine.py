@@ -110,7 +110,9 @@ def check_finite(norm: float) -> None:
         )
 
 
-def whole_parameters(gathered: list[Tensor], fragments: list[Fragment], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def whole_parameters(
+    gathered: list[Tensor], fragments: list[Fragment], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """(name, parameter) from the buffers of all ranks. gathered: per group [ranks, n_g]."""
     for f in fragments:
         pieces = gathered[f.group][:, f.start : f.start + f.span]

@@ -62,9 +62,7 @@ class PlainEngine:
             group["params"][0].grad = grad
             self._moments(group["params"][0])
 
-    def _flatten(
-        self, named: list[tuple[str, nn.Parameter]], group: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def _flatten(self, named: list[tuple[str, nn.Parameter]], group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(master, low): the group's parameters laid end to end; each parameter becomes a view of `low`."""
         start = 0
         for name, p in named:

@@ -43,7 +43,9 @@ def import_deepspeed(device: torch.device) -> Any:
             import deepspeed
         except ImportError as error:
             raise PreflightError(
-                "parallel.zero_stage = 3", f"DeepSpeed cannot be imported: {error}", "pip install 'deepspeed>=0.19.8,<0.20'"
+                "parallel.zero_stage = 3",
+                f"DeepSpeed cannot be imported: {error}",
+                "pip install 'deepspeed>=0.19.8,<0.20'",
             ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
@@ -105,7 +107,9 @@ class Zero3Engine:
             "steps_per_print": 1 << 31,
         }
 
-    def _locate(self, trained: list[tuple[str, nn.Parameter]], frozen: list[tuple[str, nn.Parameter]]) -> list[Fragment]:
+    def _locate(
+        self, trained: list[tuple[str, nn.Parameter]], frozen: list[tuple[str, nn.Parameter]]
+    ) -> list[Fragment]:
         """Fragments of this rank: DeepSpeed cuts every flattened parameter into dp pieces of equal, padded size."""
         fragments, start = [], 0
         for number, (name, p) in enumerate([*trained, *frozen]):
@@ -124,7 +128,9 @@ class Zero3Engine:
         """Master weights from the float32 values, which DeepSpeed rounded to bfloat16 on the way."""
         weights = self.state()["weight"]
         for f in self.fragments:
-            weights[f.group].data[f.start : f.start + f.numel] = exact[f.name].reshape(-1)[f.offset : f.offset + f.numel]
+            weights[f.group].data[f.start : f.start + f.numel] = exact[f.name].reshape(-1)[
+                f.offset : f.offset + f.numel
+            ]
         self._refresh()
 
     def __call__(self, batch: Any) -> Any:

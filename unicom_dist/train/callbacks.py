@@ -111,9 +111,7 @@ class Observer:
     def _log(self, lr: float, norm: float) -> None:
         run = self.run
         sums = run.mesh.sum_dp(torch.stack(list(self._losses.values()))).tolist()
-        losses = {
-            name: value / max(self._totals[name], 1.0) for name, value in zip(self._losses, sums, strict=True)
-        }
+        losses = {name: value / max(self._totals[name], 1.0) for name, value in zip(self._losses, sums, strict=True)}
         if self._metrics and self._console:
             steps = run.step - self._since
             seconds = max(self._step_s, 1e-9)
@@ -162,6 +160,8 @@ class Observer:
             mine = number % run.mesh.dp_size == run.mesh.dp_rank
             terms = run.task.terms(model(batch.to(run.mesh.device)), batch.to(run.mesh.device)) if mine else {}
             for name, count in counts.items():
+                if suffix and name == "text":  # the one label of a text-to-image sample says nothing
+                    continue
                 key = f"loss/{name}{suffix}"
                 pair = sums.setdefault(key, torch.zeros(2, dtype=torch.float64))
                 if mine and count:

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import IO, Any
 
 from unicom_dist.config import errors
-from unicom_dist.config.errors import HangError, PreflightError, Preempted, UnicomError
+from unicom_dist.config.errors import HangError, Preempted, PreflightError, UnicomError
 
 GRACE_S = 3.0  # between asking the surviving ranks to end and killing them
 
@@ -174,5 +174,7 @@ def _cause(codes: list[int | None], run_dir: Path) -> UnicomError:
         return error
     rank = next(rank for rank, code in enumerate(codes) if code not in (None, 0))
     return PreflightError(
-        f"rank {rank} could not start (exit code {codes[rank]})", f"its log is {log_path(run_dir, rank)}", "unicom doctor"
+        f"rank {rank} could not start (exit code {codes[rank]})",
+        f"its log is {log_path(run_dir, rank)}",
+        "unicom doctor",
     )

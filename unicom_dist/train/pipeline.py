@@ -6,14 +6,18 @@ any interruption.
 """
 
 import logging
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from unicom_dist.checkpoint.weights import read_weights_config
-from unicom_dist.config.errors import CheckpointError, ConfigError, PreflightError, Preempted, UnicomError
+from unicom_dist.config.errors import CheckpointError, ConfigError, Preempted, PreflightError, UnicomError
+from unicom_dist.config.explain import write_config
 from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.tracking.env import write_env
+from unicom_dist.tracking.mirror import start_mirror
 from unicom_dist.tracking.status import write_status
 
 log = logging.getLogger(__name__)
@@ -25,18 +29,23 @@ def run(
     config: Config,
     run_latents: Runner,
     *,
+    origins: Mapping[str, str] | None = None,
     only: str = "",
     say: Callable[[str], None] = log.info,
 ) -> None:
     """Run the stages of `config` (or the one named `only`) that are not done yet.
 
-    `run_latents(config)` computes the latents of a finished codec; `say` receives a line for the user per event. When
-    torchrun or srun started this process, it is one of the ranks, else the ranks are started here.
+    `run_latents(config)` computes the latents of a finished codec; `origins` says where each value of the configuration
+    came from, for config.yaml; `say` receives a line for the user per event. When torchrun or srun started this process,
+    it is one of the ranks, else the ranks are started here.
     Raises whatever ended the run, after writing it to the status file.
     """
     from unicom_dist.train.launch import joined
 
     preflight(config)
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) if joined() else 0
+    if rank == 0:
+        _open_run(config, origins or {})
     stages = [config.stage(only)] if only else list(config.stages)
     started = time.monotonic()
     stage = stages[0] if stages else None
@@ -52,17 +61,24 @@ def run(
                 continue
             stage = todo[0]
             if stage.kind == "latents":
-                say(f"{stage.name}: computing the latents of all images")
-                run_latents(config)
+                if rank == 0:
+                    say(f"{stage.name}: computing the latents of all images")
+                    run_latents(config)
+                _wait_for_latents(config)
             elif joined():
                 _train_joined(config, todo)
             else:
                 _train_here(config, todo, say)
     except BaseException as error:
-        _final_status(config, error)
+        if rank == 0:
+            _final_status(config, error)
         raise
+    if rank:
+        return
     write_status(config.run_dir, "done", stage=stage.name if stage else "", exit_code=0)
-    say(f"all stages of {config.name} are finished ({time.monotonic() - started:.0f} s); the run is in {config.run_dir}")
+    say(
+        f"all stages of {config.name} are finished ({time.monotonic() - started:.0f} s); the run is in {config.run_dir}"
+    )
 
 
 def grouped(stages: list[StageConfig]) -> list[list[StageConfig]]:
@@ -110,6 +126,21 @@ def preflight(config: Config) -> None:
             f"a run starts with at least {MIN_FREE_BYTES / 2**20:.0f} MiB for its checkpoints",
             "free space, or set run_dir to another disk",
         )
+
+
+def _open_run(config: Config, origins: Mapping[str, str]) -> None:
+    """What a run directory says about itself from the start: configuration, environment, status; and MLflow's mirror."""
+    write_config(config.run_dir, config, origins)
+    write_env(config.run_dir)
+    write_status(config.run_dir, "running", stage=config.stages[0].name)
+    start_mirror(config.run_dir, config.tracking)
+
+
+def _wait_for_latents(config: Config) -> None:
+    """Ranks that torchrun or srun started wait here while rank 0 computes the latents (it writes the statistics last)."""
+    path = Path(config.run_dir) / "latents" / "stats.json"
+    while not path.is_file():
+        time.sleep(1.0)
 
 
 def prepare_vocabulary(config: Config) -> None:

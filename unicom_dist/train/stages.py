@@ -29,6 +29,7 @@ from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.objective.perceptual import Lpips
 from unicom_dist.objective.terms import LossTerm, codec_counts, codec_terms, prior_counts, prior_terms
 from unicom_dist.parallel.mesh import Mesh
+from unicom_dist.sample.loading import load_codec
 from unicom_dist.tracking.flops import prior_flops
 from unicom_dist.train.pictures import draw_prompts, draw_reconstructions
 
@@ -136,6 +137,7 @@ class PriorTask(Task[PackedBatch]):
         self._vocabulary = Vocabulary.load(self._run / "vocabulary.json", config.prior.tokenizer)
         self._stats = read_stats(self._run)
         self._channels = feature_channels(open_set(config, "train"), config.encoder.kind)
+        self._codec: Codec | None = None  # decodes the pictures drawn while training; loaded with the first
 
     def build(self) -> nn.Module:
         channels = self._stats.mean.shape[0]
@@ -199,7 +201,10 @@ class PriorTask(Task[PackedBatch]):
 
     def draw(self, model: nn.Module) -> tuple[Image.Image, list[str]]:
         assert isinstance(model, Transfusion)
-        return draw_prompts(self.config, model, self._vocabulary, self._stats)
+        if self._codec is None:
+            device = next(model.parameters()).device
+            self._codec = load_codec(codec_folder(self.config), device, model.dtype).model
+        return draw_prompts(self.config, self._codec, model, self._vocabulary, self._stats)
 
 
 def make_task(config: Config, stage: StageConfig) -> Task[Any]:
