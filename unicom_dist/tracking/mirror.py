@@ -20,7 +20,7 @@ from pathlib import Path
 
 from unicom_dist.config.schema import TrackingConfig
 from unicom_dist.tracking.rundir import read_config
-from unicom_dist.tracking.status import read_status
+from unicom_dist.tracking.status import Status, process_alive, read_status
 
 log = logging.getLogger("unicom_dist.tracking.mirror")
 
@@ -59,7 +59,8 @@ def read_tracking(run_dir: str | Path) -> TrackingConfig:
 def start_mirror(run_dir: str | Path, tracking: TrackingConfig) -> subprocess.Popen[bytes] | None:
     """Start the mirror of a run; None when `tracking.mlflow` is off. Its log is logs/mlflow.log.
 
-    Call it once, on one process per run. It ends by itself after the run's status is final; do not wait for it.
+    Call it once per start, from the process that lasts as long as the run. It ends by itself when a final status is
+    written after this call or this process has ended; do not wait for it.
     """
     if not tracking.mlflow:
         return None
@@ -68,7 +69,7 @@ def start_mirror(run_dir: str | Path, tracking: TrackingConfig) -> subprocess.Po
     with (folder / "logs" / "mlflow.log").open("ab") as output:
         # A session of its own: Ctrl-C ends the training, and then the mirror has still something to send.
         return subprocess.Popen(
-            _command(folder, tracking),
+            [*_command(folder, tracking), "--follow", str(os.getpid()), "--since", str(time.time())],
             env=_environment(folder, tracking),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -88,7 +89,7 @@ def sync(run_dir: str | Path, tracking: TrackingConfig | None = None, timeout_s:
     shown = _without_credentials(uri)
     if not settings.mlflow:
         return SyncResult(False, "MLflow is switched off (tracking.mlflow = false)", "")
-    command = [*_command(folder, settings), "--once", "--patience", str(timeout_s / 2)]
+    command = [*_command(folder, settings), "--patience", str(timeout_s / 2)]
     try:
         done = subprocess.run(
             command, env=_environment(folder, settings), capture_output=True, text=True, timeout=timeout_s, check=False
@@ -104,35 +105,45 @@ def sync(run_dir: str | Path, tracking: TrackingConfig | None = None, timeout_s:
     return SyncResult(False, f"MLflow at {shown} is not up to date, run this again later: {reason}", ui_command(uri))
 
 
-def mirror(run_dir: Path, uri: str, experiment: str, *, once: bool, poll_s: float, patience_s: float) -> int:
-    """Send until the run has ended (`once`: until everything of now is sent); the exit status of the process.
+@dataclass(frozen=True)
+class Follow:
+    """A run to follow: process `pid` carries it out, and a final status written before `since_s` is an earlier one's."""
 
-    After the end of the run, or with `once`, it gives up when MLflow has not answered for `patience_s` seconds.
+    pid: int
+    since_s: float
+
+    def ended(self, status: Status | None) -> bool:
+        """Whether nothing more is to come."""
+        written = status is not None and status.final and status.time >= self.since_s
+        return written or not process_alive(self.pid)
+
+
+def mirror(run_dir: Path, uri: str, experiment: str, follow: Follow | None, poll_s: float, patience_s: float) -> int:
+    """Send what there is; with `follow` go on until that run has ended. Returns the exit status of the process.
+
+    Once nothing more is to come, it gives up when MLflow has not answered for `patience_s` seconds.
     """
     from unicom_dist.tracking.mlflow_runs import MlflowRuns
 
     runs: MlflowRuns | None = None
-    wait_s, since_s = poll_s, time.monotonic()
+    wait_s, answered_s = poll_s, time.monotonic()
     while True:
-        status = read_status(run_dir)  # before reading metrics: what was written before the end is then sent
-        ending = once or (status is not None and status.final)
+        # Looked at before the metrics are: what was written before the end is then sent.
+        ending = follow is None or follow.ended(read_status(run_dir, check_process=False))
         try:
             runs = runs or MlflowRuns(run_dir, uri, experiment)
             while not runs.send():
                 pass
-            if status is not None and status.final:
-                runs.finish(status)
             if ending:
+                status = read_status(run_dir)
+                if status is not None and status.final:
+                    runs.finish(status)
                 return _EXIT_SENT
-            if status is None and time.monotonic() - since_s > patience_s:
-                return _EXIT_SENT  # nobody runs here
-            wait_s = poll_s
-            if status is not None:
-                since_s = time.monotonic()
+            wait_s, answered_s = poll_s, time.monotonic()
         except Exception as error:
             text = " ".join(str(error).split())
             log.warning("MLflow at %s: %s: %.300s", _without_credentials(uri), type(error).__name__, text)
-            if ending and time.monotonic() - since_s > patience_s:
+            if ending and time.monotonic() - answered_s > patience_s:
                 return _EXIT_NOT_SENT
             wait_s = min(2 * wait_s, 5.0 if ending else 60.0)
         time.sleep(wait_s)
@@ -178,7 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Carry a run's metrics and pictures to MLflow.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--experiment", default="unicom")
-    parser.add_argument("--once", action="store_true", help="send what there is now, then end")
+    parser.add_argument("--follow", type=int, default=0, metavar="PID", help="go on while this process runs")
+    parser.add_argument("--since", type=float, default=0.0, help="with --follow: when that process began, unix seconds")
     parser.add_argument("--poll", type=float, default=3.0, help="seconds between looks at metrics.jsonl")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to keep trying after the run has ended")
     options = parser.parse_args(arguments)
@@ -186,15 +198,15 @@ def main(arguments: list[str] | None = None) -> int:
     run_dir: Path = options.run_dir.resolve()
     if not run_dir.is_dir():
         parser.error(f"{run_dir} is not a folder")
-    if not options.once:
+    follow = Follow(options.follow, options.since) if options.follow else None
+    if follow:
         os.nice(10)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri(run_dir, TrackingConfig())
-    with _only_one(run_dir, options.patience if options.once else 0.0) as alone:
+    # A mirror that was just told of the end is still sending: wait for it, then look whether anything is left.
+    with _only_one(run_dir, options.patience) as alone:
         if not alone:
             return _EXIT_BUSY
-        return mirror(
-            run_dir, uri, options.experiment, once=options.once, poll_s=options.poll, patience_s=options.patience
-        )
+        return mirror(run_dir, uri, options.experiment, follow, options.poll, options.patience)
 
 
 if __name__ == "__main__":

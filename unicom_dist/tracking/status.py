@@ -56,8 +56,8 @@ def write_status(
     return status
 
 
-def read_status(run_dir: str | Path) -> Status | None:
-    """The status as it is now; None when there is none or it is damaged."""
+def read_status(run_dir: str | Path, *, check_process: bool = True) -> Status | None:
+    """The status as it is now, or as written with `check_process` off; None when there is none or it is damaged."""
     try:
         item = json.loads((Path(run_dir) / STATUS_FILE).read_text(encoding="utf-8"))
         status = Status(**{key: item[key] for key in Status.__dataclass_fields__ if key in item})
@@ -65,12 +65,13 @@ def read_status(run_dir: str | Path) -> Status | None:
         return None
     if status.state not in get_args(State):
         return None
-    if not status.final and status.host == socket.gethostname() and not _alive(status.pid):
+    if check_process and not status.final and status.host == socket.gethostname() and not process_alive(status.pid):
         return replace(status, state="failed", message=status.message or f"process {status.pid} ended without a word")
     return status
 
 
-def _alive(pid: int) -> bool:
+def process_alive(pid: int) -> bool:
+    """Whether process `pid` of this machine is running (a killed one not yet waited for is not)."""
     if pid <= 0:
         return False
     try:
@@ -79,7 +80,6 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    # A child that was killed and not yet waited for still has a pid.
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except (OSError, IndexError):

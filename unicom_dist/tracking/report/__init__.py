@@ -1,5 +1,5 @@
-"""`write_report`: one self-contained HTML page about a run, or several runs overlaid."""
+"""`run`: one self-contained HTML page about a run, or several runs overlaid."""
 
-from unicom_dist.tracking.report.page import REPORT_FILE, write_report
+from unicom_dist.tracking.report.page import REPORT_FILE, run
 
-__all__ = ["REPORT_FILE", "write_report"]
+__all__ = ["REPORT_FILE", "run"]

@@ -37,19 +37,19 @@ nav a { display: inline-block; margin-right: 20px; padding: 9px 0; color: var(--
 section { padding: 26px 0 6px; scroll-margin-top: 30px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; color: var(--soft); font-size: 13px; margin: 0; }
 .key { display: inline-block; width: 14px; height: 3px; border-radius: 2px; vertical-align: middle; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 14px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 12px; }
 figure { margin: 0; }
 .chart { border: 1px solid var(--rule); border-radius: 6px; padding: 9px 10px 4px; break-inside: avoid; }
 .chart figcaption { display: flex; align-items: baseline; gap: 7px; font-size: 13px; }
 .chart b { font-weight: 600; color: var(--ink); } .unit { color: var(--soft); font-size: 11.5px; }
-.ends { margin-left: auto; display: flex; gap: 10px; font-size: 12px; font-variant-numeric: tabular-nums; }
+.ends { margin-left: auto; display: flex; gap: 0 8px; font-size: 11.5px; font-variant-numeric: tabular-nums; }
 .ends i { display: inline-block; width: 8px; height: 8px; border-radius: 2px; margin-right: 4px; }
 .ends span { white-space: nowrap; } .ends { flex-wrap: wrap; justify-content: flex-end; color: var(--ink); }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { font-size: 10.5px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg text { font-size: 10px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg .grid { stroke: #eceff3; } svg .axis { stroke: #b9c1cb; }
 svg polyline { fill: none; stroke-linejoin: round; stroke-linecap: round; }
-svg .line { stroke-width: 1.7; } svg .raw { stroke-width: .8; opacity: .28; }
+svg .line { stroke-width: 1.5; } svg .raw { stroke-width: .6; opacity: .28; }
 svg .cursor { stroke: #8a93a0; stroke-dasharray: 2 2; visibility: hidden; } svg.on .cursor { visibility: visible; }
 #tip { position: absolute; z-index: 3; pointer-events: none; padding: 5px 9px; border-radius: 5px; background: #1c2430;
   color: #fff; font-size: 12px; line-height: 1.45; white-space: pre; font-variant-numeric: tabular-nums; }
@@ -76,7 +76,7 @@ code { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu 
 .facts thead { display: none; } .facts td:first-child { color: var(--soft); white-space: nowrap; width: 1%; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--link); font-size: 13px; }
 details[open] > summary { margin-bottom: 8px; }
-@media (max-width: 860px) { .film { grid-template-columns: repeat(3, 1fr); }
+@media (max-width: 860px) { .film { gap: 8px; }
   header, nav, main { padding: 0 18px; } header { padding-top: 20px; } }
 @media print {
   nav, details:not([open]) { display: none; } body { font-size: 10pt; } .film figure:not(.wide) { max-width: 45%; }

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from unicom_dist.tracking.report.data import Points
 from unicom_dist.tracking.report.html import Child, Markup, tag
 
-WIDTH, HEIGHT = 400, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 28
+WIDTH, HEIGHT = 300, 180
+_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 8, 22
 _MAX_POINTS = 240
 
 
@@ -49,8 +49,13 @@ class Axis:
         return self.start_px + (value - low) / (high - low) * (self.end_px - self.start_px)
 
 
-def chart(title: str, lines: list[Line], unit: str = "", may_be_log: bool = True) -> Markup | None:
-    """The chart of `lines` over steps, or None when none of them has a finite point."""
+def chart(
+    title: str, lines: list[Line], unit: str = "", may_be_log: bool = True, labels: bool = False
+) -> Markup | None:
+    """The chart of `lines` over steps, or None when none of them has a finite point.
+
+    Above it stand the last values, or with `labels` the lines' names.
+    """
     lines = [replace(line, points=[p for p in line.points if math.isfinite(p[1])]) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
@@ -81,8 +86,13 @@ def chart(title: str, lines: list[Line], unit: str = "", may_be_log: bool = True
         data_y=f"{y_axis.low} {y_axis.high} {y_axis.start_px} {y_axis.end_px} {int(y_axis.log)}",
     )
     ends = [
-        tag("span", tag("i", style=f"background:{line.color}"), number(line.shown[-1][1]), title=f"{line.label}, last")
-        for line in lines[:4]
+        tag(
+            "span",
+            tag("i", style=f"background:{line.color}"),
+            line.label if labels else number(line.shown[-1][1]),
+            title=f"{line.label}, last value",
+        )
+        for line in lines[:5]
     ]
     note = ", ".join(part for part in (unit, "log" if y_axis.log else "") if part)
     caption = tag("figcaption", tag("b", title), tag("span", note, class_="unit"), tag("span", *ends, class_="ends"))
@@ -151,13 +161,13 @@ def _frame(x_axis: Axis, y_axis: Axis) -> Markup:
     for value in _ticks(y_axis, 5):
         y = round(y_axis.px(value), 1)
         parts.append(tag("line", class_="grid", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y))
-        parts.append(tag("text", number(value), x=_LEFT - 6, y=y + 3.5, text_anchor="end"))
+        parts.append(tag("text", number(value), x=_LEFT - 5, y=y + 3.5, text_anchor="end"))
     bottom = HEIGHT - _BOTTOM
     parts.append(tag("line", class_="axis", x1=_LEFT, x2=WIDTH - _RIGHT, y1=bottom, y2=bottom))
-    for value in _ticks(x_axis, 6):
+    for value in _ticks(x_axis, 5):
         x = round(x_axis.px(value), 1)
         parts.append(tag("line", class_="axis", x1=x, x2=x, y1=bottom, y2=bottom + 4))
-        parts.append(tag("text", number(value), x=x, y=bottom + 16, text_anchor="middle"))
+        parts.append(tag("text", number(value), x=x, y=bottom + 15, text_anchor="middle"))
     return tag("g", *parts)
 
 
@@ -183,4 +193,4 @@ def _path(points: Points, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def _dot(x: float, y: float, color: str) -> Markup:
-    return tag("circle", cx=round(x, 1), cy=round(y, 1), r=2.6, fill=color)
+    return tag("circle", cx=round(x, 1), cy=round(y, 1), r=2.2, fill=color)

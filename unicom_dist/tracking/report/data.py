@@ -72,15 +72,16 @@ def load_run(run_dir: str | Path) -> Run:
     """Read a run directory; what is missing or damaged is empty. DataError when it is no run directory at all."""
     folder = run_folder(run_dir)
     config, records = read_config(folder), read_metrics(folder)
-    planned = [s["name"] for s in config.values.get("stages") or [] if isinstance(s, dict) and "name" in s]
+    sections = [s for s in config.values.get("stages") or [] if isinstance(s, dict) and "name" in s]
+    kinds = {str(section["name"]): str(section.get("kind", "")) for section in sections}
     return Run(
         name=str(config.values.get("name") or folder.name),
         folder=folder,
         config=config,
         env=read_env(folder),
         status=read_status(folder),
-        stages=collect_stages(records, planned),
-        grids=find_grids(folder, planned),
+        stages=collect_stages(records, list(kinds)),
+        grids=find_grids(folder, kinds),
         evaluation=_json(folder / "eval.json"),
         started_s=records[0].time if records else 0.0,
         ended_s=records[-1].time if records else 0.0,
@@ -107,9 +108,9 @@ def collect_stages(records: list[Record], planned: list[str]) -> dict[str, Stage
     return {name: stage for name, stage in stages.items() if stage.curves or stage.busy_s}
 
 
-def find_grids(folder: Path, planned: list[str]) -> list[Grid]:
-    """The pictures under samples/<stage>/, in the order of stages and steps."""
-    order = {name: number for number, name in enumerate(planned)}
+def find_grids(folder: Path, kinds: dict[str, str]) -> list[Grid]:
+    """The pictures under samples/<stage>/, in the order of stages and steps; `kinds` of the planned stages, by name."""
+    order = {name: number for number, name in enumerate(kinds)}
     grids = []
     for path in (folder / "samples").glob("*/*.png"):
         details = _json(path.with_suffix(".json"))
@@ -117,7 +118,8 @@ def find_grids(folder: Path, planned: list[str]) -> list[Grid]:
         digits = "".join(c for c in path.stem.partition("step-")[2] if c.isdigit())
         step = details.get("step")
         step = step if isinstance(step, int) else int(digits or 0)
-        grids.append(Grid(path, stage, step, str(details.get("kind") or "prompts"), details))
+        kind = details.get("kind") or ("reconstruction" if kinds.get(stage) == "codec" else "prompts")
+        grids.append(Grid(path, stage, step, str(kind), details))
     return sorted(grids, key=lambda g: (order.get(g.stage, len(order)), g.stage, g.kind, g.step))
 
 

@@ -30,7 +30,7 @@ _BEHIND = (
 )  # fmt: skip
 
 
-def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+def run(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write one page about one run, or about several with their curves in common charts.
 
     `out` defaults to report.html in the (first) run directory; the file is replaced when the page is whole.
@@ -194,9 +194,9 @@ def _fixed_times(runs: list[Run], stage: str, name: str) -> Markup | None:
         for number_, t in enumerate(times):
             curve = found[f"{name}@{t}"]
             color = COLORS[index % len(COLORS)] if len(runs) > 1 else shade(number_ / max(len(times) - 1, 1))
-            prefix = f"{run.name}, " if len(runs) > 1 else ""
-            lines.append(Line(f"{prefix}t = {t}", curve.heldout or curve.train, color, dots=True))
-    return chart(f"{_title(name)} at fixed t", lines, "held-out")
+            prefix = f"{run.name} " if len(runs) > 1 else ""
+            lines.append(Line(f"{prefix}{t}", curve.heldout or curve.train, color, dots=True))
+    return chart(f"{_title(name)} at t", lines, labels=True)
 
 
 def shade(share: float) -> str:
