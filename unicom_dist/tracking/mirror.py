@@ -107,7 +107,7 @@ def sync(run_dir: str | Path, tracking: TrackingConfig | None = None, timeout_s:
 
 @dataclass(frozen=True)
 class Follow:
-    """A run to follow: process `pid` carries it out, and a final status written before `since_s` is an earlier one's."""
+    """A run to follow: process `pid` carries it out; a final status written before `since_s` is an earlier start's."""
 
     pid: int
     since_s: float

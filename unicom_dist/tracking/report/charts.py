@@ -100,15 +100,16 @@ def chart(
 
 
 def smooth(points: Points) -> Points:
-    """Centred running mean over about a twentieth of the points, narrower towards both ends, so that nothing lags."""
+    """Centred running mean over about a twentieth of the points, narrow at the start, where curves are steep."""
     most = len(points) // 40
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
     result = []
     for i, (x, _) in enumerate(points):
-        half = min(most, i, len(points) - 1 - i)
-        result.append((x, (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)))
+        half = min(most, i)
+        end = min(i + half + 1, len(points))
+        result.append((x, (sums[end] - sums[i - half]) / (end - i + half)))
     return result
 
 

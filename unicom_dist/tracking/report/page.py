@@ -19,7 +19,7 @@ REPORT_FILE = "report.html"
 TRAIN, HELD_OUT = "#3465a4", "#c4601d"
 COLORS = ("#3465a4", "#c4601d", "#2e8540", "#8b4fa8", "#b3344d", "#5f6b7a", "#0f8f8f", "#8a6d1b")
 _NAMES = {
-    "loss/total": "total loss", "loss/text": "text cross-entropy", "loss/flow": "flow loss",
+    "loss/total": "total loss", "loss/text": "text loss", "loss/flow": "flow loss",
     "loss/perceptual": "perceptual loss", "grad_norm": "gradient norm", "lr": "learning rate",
     "tokens_per_s": "tokens per second", "latents_per_s": "latents per second", "images_per_s": "images per second",
     "mfu": "MFU", "step_s": "step time", "data_wait_s": "data wait", "pad_share": "padding",
