@@ -119,6 +119,7 @@ class CodecConfig(Section):
     compressor: CompressorConfig = CompressorConfig()
     decoder: DecoderConfig = DecoderConfig()
     latent_noise_tau: NonNegative = Field(0.0, description="decoder sees latents plus noise of std tau x U(0, 1), in latent stds")
+    flow_remaining: Fraction = Field(0.0, description="c: the flow error is weighted by ((1-t) / max(1-t, c))^2; 0 = not weighted, 1 = error of the clean image")
     perceptual: Literal["none", "lpips-alex", "lpips-vgg"] = "lpips-alex"
     perceptual_path: str = Field("assets/lpips", description="folder of the perceptual networks' safetensors")
     perceptual_weight: NonNegative = Field(0.5, description="lambda of the perceptual term")

@@ -60,11 +60,17 @@ def codec_terms(
 ) -> dict[str, LossTerm]:
     """`flow`: squared error of the velocity per image, mean over pixels. `perceptual`: LPIPS of the clean estimate.
 
+    With `flow_remaining` = c > 0 the flow error near the data is weighted down by ((1-t) / max(1-t, c))^2, which is the
+    error of the clean image there: at low noise z_t alone shows the picture, and a small decoder would learn to ignore
+    its tokens.
     `perceptual` is the network, None iff `config.perceptual` is "none".
     """
     velocity, clean = outputs
     counts = codec_counts(batch, config)
-    terms = {"flow": LossTerm(squared_error(velocity, batch.images, batch.noise).sum(), counts["flow"], 1.0)}
+    remaining = 1 - batch.t.float()
+    weight = (remaining / remaining.clamp_min(config.flow_remaining)).square().nan_to_num(1.0)
+    error = squared_error(velocity, batch.images, batch.noise)
+    terms = {"flow": LossTerm((weight * error).sum(), counts["flow"], 1.0)}
     if perceptual is not None:
         chosen = _low_noise(batch, config)
         distance = perceptual(clean[chosen], batch.images[chosen]) if counts["perceptual"] else clean[:0]
