@@ -46,9 +46,10 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(str(path), framework="pt")
-            self._names = set(self._file.keys())
-            self.metadata: dict[str, str] = self._file.metadata() or {}
+            file: Any = safe_open(str(path), framework="pt")
+            self._file = file
+            self._names = set(file.keys())
+            self.metadata: dict[str, str] = file.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be read",

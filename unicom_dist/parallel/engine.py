@@ -1,8 +1,8 @@
 """What the training loop asks of an engine, and where each parameter's local piece lies.
 
 An engine owns the module, the optimizer and the data-parallel reduction of one slice of the model. Its state is a few
-flat float32 buffers per rank ("groups"); a `Fragment` says which part of which parameter lies where in them. Checkpoints,
-EMA and resharding work on buffers and fragments alone and do not know which engine they serve.
+flat float32 buffers per rank ("groups"); a `Fragment` says which part of which parameter lies where in them.
+Checkpoints, EMA and resharding work on buffers and fragments alone and do not know which engine they serve.
 Shapes: n_g elements of group g on this rank.
 """
 
@@ -79,10 +79,10 @@ class Engine(Protocol):
         """The live buffers (not copies)."""
 
     def load_state(self, state: dict[str, Buffers], steps_done: int) -> None:
-        """Copy buffers in and refresh the weights used in forward. Missing moments start at zero. Collective over dp."""
+        """Copy buffers in and refresh the weights of the forward pass. Missing moments become 0. Collective over dp."""
 
     def full(self, buffers: Buffers, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Whole parameters, on the CPU, from buffers laid out as the weights are (weights or EMA). Collective over dp."""
+        """Whole parameters on the CPU, from buffers laid out as the weights (weights or EMA). Collective over dp."""
 
     def close(self) -> None:
         """Release hooks and buffers."""
@@ -105,7 +105,7 @@ def check_finite(norm: float) -> None:
         raise NonFiniteError(
             f"gradient norm = {norm}",
             "loss or gradients overflowed; the weights were not touched by this step",
-            "lower the stage's lr or raise warmup, or set precision: float32; the batch's keys are in the run directory",
+            "lower lr, raise warmup or set precision: float32; the samples are named in nonfinite-rank-*.json",
             "docs/training.md",
         )
 

@@ -84,9 +84,9 @@ class Zero3Engine:
         for name, buffer in floats.items():  # DeepSpeed casts buffers too; position tables need their float32
             owner = module.get_submodule(name.rpartition(".")[0])
             owner._buffers[name.rpartition(".")[2]] = buffer.to(mesh.device)
-        self._frozen = [(name, p) for name, p in frozen]
+        self._frozen: list[tuple[str, Any]] = list(frozen)
         self.fragments = self._locate([*trained_matrices, *trained_vectors], frozen)
-        self._frozen_master = torch.zeros(sum(p.ds_tensor.ds_numel for _, p in frozen), device=mesh.device)
+        self._frozen_master = torch.zeros(sum(p.ds_tensor.ds_numel for _, p in self._frozen), device=mesh.device)
         self._set_exact(exact)
 
     def _config(self) -> dict[str, Any]:
@@ -107,9 +107,7 @@ class Zero3Engine:
             "steps_per_print": 1 << 31,
         }
 
-    def _locate(
-        self, trained: list[tuple[str, nn.Parameter]], frozen: list[tuple[str, nn.Parameter]]
-    ) -> list[Fragment]:
+    def _locate(self, trained: list[tuple[str, Any]], frozen: list[tuple[str, Any]]) -> list[Fragment]:
         """Fragments of this rank: DeepSpeed cuts every flattened parameter into dp pieces of equal, padded size."""
         fragments, start = [], 0
         for number, (name, p) in enumerate([*trained, *frozen]):
@@ -153,7 +151,7 @@ class Zero3Engine:
         return float(self._zero._global_grad_norm)
 
     def _refresh(self) -> None:
-        """Low-precision weights from the master weights, and the gathered copies of the small ones. Collective over dp."""
+        """Low-precision weights from the master weights, and the gathered small ones. Collective over dp."""
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].partition(self._zero.persistent_parameters)
         for number in range(len(self._zero.fp32_partitioned_groups_flat)):

@@ -1,9 +1,9 @@
 """Starting the ranks of this machine and looking after them until they end.
 
-Each rank is `python -m unicom_dist.train.worker`, told what to do on its standard input (which stays open: when it closes,
-the launcher is gone and the rank stops). The ranks meet through a file, listen on loopback only and live in sessions of
-their own, so that Ctrl-C reaches the launcher alone, which passes it on. A rank that dies takes the others with it within
-seconds; what it had to say is read from logs/rank-00000.error.json and raised here.
+Each rank is `python -m unicom_dist.train.worker`, told what to do on its standard input (which stays open: when it
+closes, the launcher is gone and the rank stops). The ranks meet through a file, listen on loopback only and live in
+sessions of their own, so that Ctrl-C reaches the launcher alone, which passes it on. A rank that dies takes the others
+with it within seconds; what it had to say is read from logs/rank-00000.error.json and raised here.
 """
 
 import json

@@ -1,9 +1,9 @@
 """The training loop of one stage, in the order in which things happen.
 
-A step: read this rank's micro-batches; sum the items of every loss term over ranks and micro-batches (one all-reduce, which
-also carries the wish to stop); forward and backward on each; one gradient reduction; clip; AdamW; moving average. Losses
-are divided by the global counts, so neither they nor the gradients depend on how the samples were cut. Nothing else
-happens in a step: figures, pictures and checkpoints belong to the callbacks, which look in every so many steps.
+A step: read this rank's micro-batches; sum the items of every loss term over ranks and micro-batches (one all-reduce,
+which also carries the wish to stop); forward and backward on each; one gradient reduction; clip; AdamW; moving average.
+Losses are divided by the global counts, so neither they nor the gradients depend on how the samples were cut. Nothing
+else happens in a step: figures, pictures and checkpoints look in every so many steps.
 """
 
 import json
@@ -104,7 +104,7 @@ def train_step(run: Run, observer: Observer) -> bool:
 
 
 def count_step(run: Run, batches: list[Any]) -> tuple[dict[str, int], dict[str, float], bool]:
-    """Items per loss term and amounts of the whole step, and whether any rank wants to stop. Collective over the world."""
+    """Items per loss term and amounts of the whole step; whether any rank wants to stop. Collective over dp."""
     counts: dict[str, float] = {}
     amounts: dict[str, float] = {}
     for batch in batches:
@@ -223,7 +223,7 @@ def check_ranks(config: Config, mesh: Mesh) -> None:
         share = mesh.dp_size * stage.micro_batches
         if stage.kind != "latents" and stage.batch % share:
             raise ConfigError(
-                f"stages.{stage.name}.batch = {stage.batch} with {mesh.dp_size} ranks x {stage.micro_batches} micro-batches",
+                f"stages.{stage.name}.batch = {stage.batch} with {mesh.dp_size} ranks x {stage.micro_batches} pieces",
                 f"every rank takes equally many pieces of a step, and {stage.batch} is not a multiple of {share}",
                 f"start another number of ranks, or set batch to a multiple of {share}",
             )

@@ -1,6 +1,6 @@
 """The picture grids drawn while training: held-out reconstructions of the codec, prompts of the prior.
 
-Both are drawn on rank 0 with the averaged weights; prompts, seed and solver come from the `sample` section of the recipe.
+Both are drawn on rank 0 with the averaged weights; prompts, seed and solver come from the recipe's `sample` section.
 """
 
 import torch
@@ -12,7 +12,9 @@ from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import Codec, LatentStats
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.sample.grid import picture_grid
-from unicom_dist.sample.pipeline import Latents, UniComPipeline, to_pictures
+from unicom_dist.sample.loading import LoadedPrior
+from unicom_dist.sample.pictures import Latents, to_pictures
+from unicom_dist.sample.pipeline import UniComPipeline
 
 RECONSTRUCTIONS = 16
 
@@ -43,7 +45,7 @@ def draw_prompts(
 ) -> tuple[Image.Image, list[str]]:
     """One picture per prompt of the recipe; the seed is the same at every step, so that grids can be compared."""
     sample = config.sample
-    pipeline = UniComPipeline(codec, config.encoder, prior, vocabulary, stats)
+    pipeline = UniComPipeline(codec, config.encoder, LoadedPrior(prior, vocabulary, stats))
     seeds = [sample.seed + number for number in range(len(sample.prompts))]
     images = pipeline(sample.prompts, seeds, sample.steps, sample.guidance, sample.solver, sample.decoder_steps)
     return picture_grid(images, sample.prompts), list(sample.prompts)

@@ -36,8 +36,8 @@ def run(
     """Run the stages of `config` (or the one named `only`) that are not done yet.
 
     `run_latents(config)` computes the latents of a finished codec; `origins` says where each value of the configuration
-    came from, for config.yaml; `say` receives a line for the user per event. When torchrun or srun started this process,
-    it is one of the ranks, else the ranks are started here.
+    came from, for config.yaml; `say` receives a line for the user per event. When torchrun or srun started this
+    process, it is one of the ranks, else the ranks are started here.
     Raises whatever ended the run, after writing it to the status file.
     """
     from unicom_dist.train.launch import joined
@@ -104,7 +104,7 @@ def finished(config: Config, stage: StageConfig) -> bool:
 
 
 def preflight(config: Config) -> None:
-    """PreflightError when the run directory cannot be written or its disk is nearly full; ConfigError without stages."""
+    """PreflightError: the run directory cannot be written or its disk is nearly full. ConfigError: no stages."""
     if not config.stages:
         raise ConfigError("stages is empty", "there is nothing to train", "take recipes/quickstart.yaml as `base:`")
     folder = Path(config.run_dir)
@@ -129,7 +129,7 @@ def preflight(config: Config) -> None:
 
 
 def _open_run(config: Config, origins: Mapping[str, str]) -> None:
-    """What a run directory says about itself from the start: configuration, environment, status; and MLflow's mirror."""
+    """What a run directory says about itself from the start: configuration, environment, status. Starts the mirror."""
     write_config(config.run_dir, config, origins)
     write_env(config.run_dir)
     write_status(config.run_dir, "running", stage=config.stages[0].name)
@@ -137,7 +137,7 @@ def _open_run(config: Config, origins: Mapping[str, str]) -> None:
 
 
 def _wait_for_latents(config: Config) -> None:
-    """Ranks that torchrun or srun started wait here while rank 0 computes the latents (it writes the statistics last)."""
+    """Ranks that torchrun or srun started wait while rank 0 computes the latents (it writes the statistics last)."""
     path = Path(config.run_dir) / "latents" / "stats.json"
     while not path.is_file():
         time.sleep(1.0)

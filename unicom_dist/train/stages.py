@@ -1,7 +1,7 @@
 """What differs between the kinds of training stage: model, data, loss, held-out loss and what is exported.
 
-A `Task` hands these to the loop; `codec_task` and `prior_task` build one. Losses come as sums with counts, so that the loop
-can divide by the counts of the whole step (all ranks, all micro-batches).
+A `Task` hands these to the loop. Losses come as sums with counts, so that the loop can divide by the counts of the
+whole step (all ranks, all micro-batches).
 """
 
 import json
@@ -88,14 +88,14 @@ class CodecTask(Task[CodecBatch]):
     def build(self) -> nn.Module:
         kind = self.config.codec.perceptual
         if kind != "none":
-            short = "alex" if kind == "lpips-alex" else "vgg"
-            self._perceptual = Lpips.load(short, self.config.codec.perceptual_path).eval()
+            folder = self.config.codec.perceptual_path
+            self._perceptual = Lpips.load("alex" if kind == "lpips-alex" else "vgg", folder).eval()
             if self.stage.precision == "bfloat16":
                 self._perceptual = self._perceptual.to(torch.bfloat16)
         return Codec(self.config.codec, self._channels, self.config.seed)
 
     def loader(self, mesh: Mesh) -> StepLoader[CodecBatch]:
-        expected = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
+        expected: dict[str, str] = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
         return CodecLoader(self.config, self.stage, mesh.dp_rank, mesh.dp_size, expect_fingerprint=expected)
 
     def counts(self, batch: CodecBatch) -> dict[str, int]:
@@ -146,7 +146,7 @@ class PriorTask(Task[PackedBatch]):
         return module
 
     def loader(self, mesh: Mesh) -> StepLoader[PackedBatch]:
-        expected = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
+        expected: dict[str, str] = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
         return PriorLoader(
             self.config,
             self.stage,

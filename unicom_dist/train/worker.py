@@ -1,7 +1,7 @@
 """One rank: joins the others, runs consecutive training stages in one process group, and says how it ended.
 
-Started by `launch` with {"config": …, "stages": [names]} as one line of JSON on standard input. Everything that libraries
-print goes to this rank's log; only rank 0's own console line reaches the terminal.
+Started by `launch` with {"config": …, "stages": [names]} as one line of JSON on standard input. Everything that
+libraries print goes to this rank's log; only rank 0's own console line reaches the terminal.
 """
 
 import json
