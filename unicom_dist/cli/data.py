@@ -21,7 +21,7 @@ def fetch(recipe: Recipe, overrides: Overrides = None) -> None:
     from pipelines import fetch as job
 
     with logged():
-        job.run(load(recipe, overrides).config)
+        job.fetch(job.required_assets(load(recipe, overrides).config), say=say)
 
 
 @app.command()
@@ -40,7 +40,7 @@ def ingest(
     else:
         loaded = load(source, overrides)
     with logged():
-        job.run(loaded.config)
+        job.ingest(loaded.config, say=say)
 
 
 @app.command()
