@@ -129,3 +129,14 @@ def test_without_a_perceptual_network_there_is_no_such_term() -> None:
     config = CodecConfig(perceptual="none")
     outputs, batch = codec_step([0.9])
     assert codec_terms(outputs, batch, config, None).keys() == codec_counts(batch, config).keys() == {"flow"}
+
+
+def test_flow_error_near_the_data_is_weighted_as_the_error_of_the_clean_image() -> None:
+    """((1-t) / max(1-t, c))^2: all ones for c = 0, the clean image's error for c = 1, and finite at t = 1."""
+    (velocity, clean), batch = codec_step([0.0, 0.5, 0.9, 1.0])
+    error = (velocity - (batch.images - batch.noise)).square().flatten(1).mean(1)
+    for remaining, weights in {0.0: [1, 1, 1, 1], 0.2: [1, 1, 0.25, 0], 1.0: [1, 0.25, 0.01, 0]}.items():
+        config = CodecConfig(perceptual="none", flow_remaining=remaining)
+        flow = codec_terms((velocity, clean), batch, config, None)["flow"]
+        assert flow.count == 4
+        torch.testing.assert_close(flow.sum, (error * torch.tensor(weights)).sum())
