@@ -1,4 +1,4 @@
-"""Mask-exact floating-point operations of a prior step, and what they are compared with for MFU.
+"""Mask-exact floating-point operations of a training step, and what they are compared with for MFU.
 
 A multiplication and an addition count as two: forward 2 per weight and position, backward twice that. Only query-key
 pairs that see each other count, so padding, hidden pairs and recomputation never raise MFU.
@@ -7,12 +7,16 @@ Ref: Chowdhery et al. 2022 (PaLM), appendix B, for model FLOPs utilisation.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from unicom_dist.config.schema import PriorConfig
+from unicom_dist.models.codec import Codec, CodecBatch
+from unicom_dist.models.compressor import Projection
 from unicom_dist.models.segments import PackedBatch, Segment
 
 
@@ -61,6 +65,50 @@ def prior_flops(
     connector = images * (4 * channels * h + 6 * h * h)
     flow_head = 6 * latents * h * d
     return backbone + attention + head + latent_in + time_embedding + connector + flow_head
+
+
+def codec_flops(codec: Codec, batch: CodecBatch) -> int:
+    """Operations of forward and backward of the codec over `batch`, without the perceptual network.
+
+    6 per weight and the rows it sees (4 where the input is data and gets no gradient), 12 K H per visible pair of the
+    attentions; rows are the patches, the real tokens, both, or one per image.
+    """
+    images, patch = batch.images.shape[0], codec.config.decoder.patch_px
+    patches = batch.images.shape[2] * batch.images.shape[3] // patch**2
+    lengths: list[int] = batch.mask.sum(1).tolist()
+    rows = {"image": images, "patch": images * patches, "token": sum(lengths)}
+    rows["both"] = rows["patch"] + rows["token"]
+    total = 0
+    for name, module in codec.named_modules():
+        if isinstance(module, nn.Linear):
+            from_data = name.endswith("embedder.linear_1") or (
+                name.endswith("x_embedder") and not codec.config.decoder.concat_tokens
+            )
+            total += (4 if from_data else 6) * rows[_rows_of(name)] * module.weight.numel()
+    decoder = codec.config.decoder
+    joint = sum((patches + n) ** 2 for n in lengths) * decoder.heads * decoder.head_dim
+    alone = sum(n**2 for n in lengths)
+    widths = sum(int(module.query_bias.numel()) for module in codec.modules() if isinstance(module, Projection))
+    return total + 12 * (joint * (decoder.double_blocks + decoder.single_blocks) + alone * widths)
+
+
+def _rows_of(name: str) -> str:
+    """What a linear map of the codec is applied to, by its place in the model."""
+    inner = name.removeprefix("decoder.flux.")
+    if inner == name or inner == "context_embedder":
+        return "token"
+    if inner.startswith("time_text_embed") or inner.endswith(".linear"):
+        return "image"
+    if inner.startswith("single_transformer_blocks"):
+        return "both"
+    return "token" if any(part in inner for part in (".add_", ".to_add_out", ".ff_context")) else "patch"
+
+
+def forward_flops(function: Callable[[], object]) -> int:
+    """Operations of one call as torch counts them, for networks that have no formula here; costs the call."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops())
 
 
 @dataclass(frozen=True)
