@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
+from unicom_dist.models import attention
 from unicom_dist.models.attention import AttentionPlan, visible
-from unicom_dist.models.layers import attend
+from unicom_dist.models.layers import attend, attend_by_products
 from unicom_dist.models.segments import Mode, Segment
 
 MODES: list[Mode] = ["causal", "full", "noise"]
@@ -101,8 +102,26 @@ def test_bfloat16_attention_is_close_to_float32() -> None:
     assert (rough - exact).norm() / exact.norm() < 0.01
 
 
-def test_attend_equals_torch() -> None:
-    query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(2)).unbind(0)
-    bias = torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(3))
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    torch.testing.assert_close(attend(query, key, value, bias), expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("bias_rows", [0, 1, 5])
+def test_products_equal_the_fused_kernel(key_heads: int, bias_rows: int) -> None:
+    draw = torch.Generator().manual_seed(2)
+    query = torch.randn(2, 4, 5, 8, generator=draw, dtype=torch.float64)
+    key, value = torch.randn(2, 2, key_heads, 7, 8, generator=draw, dtype=torch.float64).unbind(0)
+    bias = torch.randn(2, 1, bias_rows, 7, generator=draw, dtype=torch.float64) if bias_rows else None
+    torch.testing.assert_close(attend_by_products(query, key, value, bias), attend(query, key, value, bias))
+
+
+def test_packed_attention_by_products_equals_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short bfloat16 sequences take the products: the same packings through them, in double precision."""
+    draw = torch.Generator().manual_seed(0)
+    for seed in range(50):
+        segments = random_packing(seed)
+        positions = sum(segment.length for segment in segments)
+        query = torch.randn(positions, 4, 6, generator=draw, dtype=torch.float64)
+        key, value = torch.randn(2, positions, 2, 6, generator=draw, dtype=torch.float64).unbind(0)
+        plan = AttentionPlan.build(segments, torch.float64)
+        fused = plan(0, query, key, value)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "attend", attend_by_products)
+            torch.testing.assert_close(plan(0, query, key, value), fused)

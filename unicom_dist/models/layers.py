@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LONGEST_PRODUCT = 1024  # keys; beyond, the fused kernel is as fast and holds no scores
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last axis; the division in float32. Equal to Qwen2's norm."""
@@ -49,13 +51,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
     query [B, H, Q, K], key and value [B, H or fewer, L, K] (a divisor: groups of query heads share one), bias
     broadcastable to [B, 1, Q, L], in query's dtype. Returns [B, H, Q, K].
-    On CPUs plain matrix products are 4x faster than the fused kernel at the lengths a sample has (measured, bfloat16,
-    80 positions, forward and backward); on GPUs the fused kernel is used.
+    The fused kernel, except for short bfloat16 sequences on CPUs: there plain products are 2x faster (measured, forward
+    and backward: 7 against 17 ms at 80 positions, even at 1024).
     """
-    groups = query.shape[1] // key.shape[1]
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=groups > 1)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= LONGEST_PRODUCT:
+        return attend_by_products(query, key, value, bias)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attend` with all scores in memory."""
     batch, heads, length, width = query.shape
+    groups = heads // key.shape[1]
     query = query.reshape(batch, -1, groups * length, width)  # the heads of a group are further rows of one product
     scores = torch.matmul(query * width**-0.5, key.transpose(-1, -2))
     if bias is not None:
