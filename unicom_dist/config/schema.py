@@ -55,10 +55,17 @@ class EncoderConfig(Section):
 
     kind: Literal["siglip2", "efficientnet-lite2", "random"] = Field("siglip2", description="`random` is for tests only")
     path: str = Field("", description="folder or hub id of the published weights")
+    levels: Literal["last", "pyramid"] = Field("last", description="pyramid: four depths of efficientnet-lite2 side by side, as many channels")
     image_px: PositiveInt = Field(256, description="side of the square view for encoders with a fixed grid, pixels")
     max_patches: PositiveInt = Field(1024, description="most patches per image (NaFlex encoders keep the aspect ratio)")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward pass")
     batch: PositiveInt = Field(32, description="images per forward pass")
+
+    @model_validator(mode="after")
+    def _levels(self) -> Self:
+        if self.levels == "pyramid" and self.kind != "efficientnet-lite2":
+            raise ValueError(f"levels = pyramid exists for efficientnet-lite2 only; kind = {self.kind} has levels = last")
+        return self
 
 
 class FeaturesConfig(Section):

@@ -9,7 +9,7 @@ import torch
 from unicom_dist.config.schema import EncoderConfig
 from unicom_dist.models.encoders.base import EncodedImage, Encoder, Prepared
 
-__all__ = ["EncodedImage", "Encoder", "Prepared", "build_encoder", "encoder_fingerprint"]
+__all__ = ["EncodedImage", "Encoder", "Prepared", "build_encoder", "encoder_fingerprint", "encoder_shape"]
 
 
 def build_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> Encoder:
@@ -44,3 +44,18 @@ def encoder_fingerprint(config: EncoderConfig) -> str:
     from unicom_dist.models.encoders.random import random_fingerprint
 
     return random_fingerprint(config)
+
+
+def encoder_shape(config: EncoderConfig) -> tuple[int, int]:
+    """Most tokens an image can have, and channels of a token, without building the encoder."""
+    if config.kind == "siglip2":
+        from unicom_dist.models.encoders.siglip2 import siglip2_shape
+
+        return siglip2_shape(config)
+    if config.kind == "efficientnet-lite2":
+        from unicom_dist.models.encoders.efficientnet import efficientnet_shape
+
+        return efficientnet_shape(config)
+    from unicom_dist.models.encoders.random import RandomEncoder
+
+    return RandomEncoder.max_tokens, RandomEncoder.channels

@@ -3,6 +3,9 @@
 Trained with labels on ImageNet: its tokens carry real semantics, but are not aligned with text as SigLIP2's are.
 Inference only: batch normalisation is folded into the convolutions and memory is channels-last, which is what makes it
 fast on a CPU. Shapes: images [B, 3, H, W], features [B, n, 1280] with n = (H/32) x (W/32).
+The last map was trained to forget where things are and what colour they have: a linear read-out of 8 x 8 pixels per
+token reaches 11.9 dB on held-out emoji. `levels: pyramid` puts four depths side by side, each normalised, in as many
+channels: 21.9 dB, with the deepest semantic map among them.
 Ref: Tan & Le 2019 (arXiv:1905.11946); lite variants: no squeeze-and-excitation, ReLU6, stem and head not scaled.
 """
 
@@ -31,6 +34,9 @@ from unicom_dist.models.encoders.folding import fold_batch_norm
 
 CHANNELS = 1280
 STRIDE = 32
+# Blocks whose outputs form the pyramid, and the cells per token side to which each is pooled: 352 + 120 x 4 + 88 x 4 +
+# 24 x 4 = 1280 channels.
+PYRAMID = ((20, 1), (14, 2), (10, 2), (3, 2))
 NORM_EPS = 1e-3
 # (blocks, kernel, stride, expansion, channels): B0's stages at width 1.1 and depth 1.2.
 STAGES = (
@@ -48,7 +54,7 @@ class _Conv(nn.Module):
     """Convolution with folded normalisation and optional ReLU6.
 
     `size` is the height of its input when the picture has 260 pixels, as in training: TensorFlow's "same" padding
-    depends on it when the stride is 2. Keeping that padding at every size keeps the sampling positions the weights know.
+    depends on it when the stride is 2. Kept at every size, it keeps the sampling positions the weights know.
     """
 
     def __init__(
@@ -108,6 +114,21 @@ class EfficientNetLite2(nn.Module):
         features: Tensor = self.head(x)
         return features
 
+    def pyramid(self, images: Tensor) -> Tensor:
+        """[B, 1280, H/32, W/32] like `forward`, from four depths (`PYRAMID`), each layer-normalised over its channels."""
+        rows, columns = images.shape[-2] // STRIDE, images.shape[-1] // STRIDE
+        cells = dict(PYRAMID)
+        maps = {}
+        x = self.stem(images)
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in cells:
+                side = cells[number]
+                level = nn.functional.adaptive_avg_pool2d(x, (rows * side, columns * side))
+                tokens = nn.functional.pixel_unshuffle(level, side).permute(0, 2, 3, 1)
+                maps[number] = nn.functional.layer_norm(tokens, tokens.shape[-1:])
+        return torch.cat([maps[number] for number, _ in PYRAMID], -1).permute(0, 3, 1, 2)
+
     @torch.no_grad()
     def load_published(self, weights: dict[str, Tensor]) -> None:
         """Take the published tensors (`_blocks.3._bn1.running_mean`, ...). KeyError, ValueError: another network's."""
@@ -139,6 +160,7 @@ class EfficientNetEncoder:
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         self.side = _side(config)
         self.max_tokens = (self.side // STRIDE) ** 2
+        self._pyramid = config.levels == "pyramid"
         self.fingerprint = efficientnet_fingerprint(config)
         self._device, self._dtype = device, getattr(torch, config.dtype)
         model = EfficientNetLite2()
@@ -155,7 +177,8 @@ class EfficientNetEncoder:
     def describe(self) -> str:
         rows = self.side // STRIDE
         return (
-            f"EfficientNet-lite2, {rows}x{rows} tokens of {CHANNELS} channels "
+            f"EfficientNet-lite2, {rows}x{rows} tokens of {CHANNELS} channels from "
+            f"{'four depths' if self._pyramid else 'the last map'} "
             "(supervised ImageNet, a stand-in for SigLIP2)"
         )
 
@@ -167,7 +190,7 @@ class EfficientNetEncoder:
         pixels = torch.from_numpy(np.stack([item["pixels"] for item in batch])).to(self._device)
         # [B, H, W, 3] seen as [B, 3, H, W] is channels-last already.
         images = ((pixels.float() - 127) / 128).permute(0, 3, 1, 2).to(self._dtype)
-        maps = self._model(images)
+        maps = self._model.pyramid(images) if self._pyramid else self._model(images)
         rows, columns = maps.shape[-2:]
         tokens = maps.permute(0, 2, 3, 1).reshape(len(batch), rows * columns, CHANNELS).float().cpu().numpy()
         return [EncodedImage(features, (rows, columns)) for features in tokens]
@@ -193,5 +216,11 @@ def efficientnet_fingerprint(config: EncoderConfig) -> str:
             "weights": weights_digest([path]),
             "view": f"white-padded square, bicubic, {_side(config)} px",
             "dtype": config.dtype,
+            "levels": config.levels,
         }
     )
+
+
+def efficientnet_shape(config: EncoderConfig) -> tuple[int, int]:
+    """Tokens and channels."""
+    return (_side(config) // STRIDE) ** 2, CHANNELS

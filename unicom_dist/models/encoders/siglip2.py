@@ -164,3 +164,8 @@ def siglip2_fingerprint(config: EncoderConfig) -> str:
             "dtype": config.dtype,
         }
     )
+
+
+def siglip2_shape(config: EncoderConfig) -> tuple[int, int]:
+    """Most tokens, and channels."""
+    return config.max_patches, int(_vision_config(resolve(config, download=False)).get("hidden_size", 768))
