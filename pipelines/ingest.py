@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -28,7 +28,6 @@ from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.tar import ShardEntry, ShardWriter
 
 log = logging.getLogger(__name__)
-Say = Callable[[str], None]
 DOCS = "docs/data.md"
 CHUNK = 16  # pictures a worker process prepares at a time
 BYTES_PER_PIXEL = 1.2  # lossless WebP of photographs; an upper estimate for drawings
@@ -60,7 +59,7 @@ def is_held_out(key: str, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2**64
 
 
-def ingest(config: Config, say: Say = log.info, assets: str | Path = "assets", workers: int = 0) -> list[SetSummary]:
+def run(config: Config, assets: str | Path = "assets", workers: int = 0) -> list[SetSummary]:
     """Write the shard sets of `config.data` and return what each holds. `workers`: processes, 0 = one per core.
 
     ConfigError: no such source. DataError: nothing usable, too many bad samples, sets of another source or other
@@ -76,9 +75,14 @@ def ingest(config: Config, say: Say = log.info, assets: str | Path = "assets", w
         plan.append(("augmented", train, range(1, data.augmented_views + 1)))
     plan.append(("heldout", held, range(1)))
     _check_bad(source.skipped, len(source.records) + len(source.skipped), data, "in the source")
-    say(
-        f"{source.name}: {len(source.records)} captioned pictures, {len(train)} to train, {len(held)} held out"
-        + (f", {data.augmented_views} augmented views each" if data.augmented_views else "")
+    views_each = f", {data.augmented_views} augmented views each" if data.augmented_views else ""
+    log.info(
+        "%s: %d captioned pictures, %d to train%s, %d held out",
+        source.name,
+        len(source.records),
+        len(train),
+        views_each,
+        len(held),
     )
     todo = []
     for name, records, views in plan:
@@ -99,7 +103,7 @@ def ingest(config: Config, say: Say = log.info, assets: str | Path = "assets", w
         summaries.append(
             SetSummary(name, manifest.samples, len(manifest.shards), manifest.bytes, reused, manifest.skipped)
         )
-        say(summaries[-1].line())
+        log.info("%s", summaries[-1].line())
     return summaries
 
 

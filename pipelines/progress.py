@@ -1,5 +1,6 @@
-"""Progress of a job: a bar with rate and time left on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of a job: a bar with rate and time left on a terminal, a log line every few seconds elsewhere."""
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -8,6 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+log = logging.getLogger(__name__)
 LINE_EVERY_S = 10.0
 
 
@@ -18,16 +20,16 @@ class JobProgress:
         self.title, self.total, self.unit = title, total, unit
         self._start = self.done = start
         self._began = self._said = time.monotonic()
-        self._console = Console(file=sys.stdout)
+        console = Console(file=sys.stderr)
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
             )
-            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
+            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
             self._task = self._bar.add_task(title, total=total, completed=start, rate="")
 
     @property
@@ -44,11 +46,7 @@ class JobProgress:
             self._said = time.monotonic()
             left = (self.total - done) / self.rate if self.rate > 0 else float("inf")
             eta = f"{left:.0f} s left" if left < 1e6 else "no estimate yet"
-            self.say(f"{self.title}: {done}/{self.total} {self.unit}, {self.rate:.0f}/s, {eta}")
-
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        (self._bar.console if self._bar is not None else self._console).print(line, markup=False, highlight=False)
+            log.info("%s: %d/%d %s, %.0f/s, %s", self.title, done, self.total, self.unit, self.rate, eta)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
