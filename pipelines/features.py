@@ -1,7 +1,7 @@
 """`unicom features`: encode the shards of a recipe into feature tars joined by key, on Ray actors.
 
 Each actor holds one encoder and turns one shard of pictures into one shard of features [n, D]; decoding runs on threads
-beside the encoder. The driver alone writes the ledger and, when all is done, the manifests. A picture that cannot be read
+beside the encoder. The driver alone writes the ledger and, at the end, the manifests. A picture that cannot be read
 is left out, counted and named.
 """
 

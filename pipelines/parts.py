@@ -65,8 +65,17 @@ def part_sets(data: Path, names: Sequence[str], source_part: str, part: str, tar
             continue
         images = Manifest.read(folder)
         manifest = Manifest.read(folder, source_part) if source_part else images
+        sources = {shard.name: shard for shard in manifest.shards}
         tasks = []
-        for base, shard in zip(images.shards, manifest.shards, strict=False):
+        for base in images.shards:
+            shard = sources.get(part_name(base.name, source_part))
+            if shard is None:
+                raise DataError(
+                    f"{folder}: {base.name} has no {source_part!r} part",
+                    "the images were ingested again after it was computed",
+                    "run `unicom features run`",
+                    DOCS,
+                )
             file = target / name / part_name(base.name, part)
             label = f"{name}/{base.name.removesuffix('.tar')}"
             tasks.append(ShardTask(label, str(folder / shard.name), str(file), shard.samples, shard.sha256))
