@@ -43,8 +43,6 @@ def make_run(folder: Path, name: str = "first") -> Path:
         "metric": "PSNR", "split": "held-out", "value": 21.5, "ci": [21.0, 22.0], "n": 8, "better": "higher",
         "beats_all": True, "note": "",
         "baselines": {"untrained": 7.0, "trivial": {"name": "mean image", "value": 11.0}},
-        "beats_all": True, "note": "",
-        "baselines": {"untrained": 7.0, "trivial": {"name": "mean image", "value": 11.0}},
     }  # fmt: skip
     (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
     write_status(folder, "done", exit_code=0)

@@ -50,6 +50,19 @@ def test_a_final_status_stays_whatever_became_of_the_process(tmp_path: Path) -> 
     assert (status.state, status.exit_code, status.final) == ("preempted", 75, True)
 
 
+def test_a_rank_keeps_the_process_that_started_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; from unicom_dist.tracking.status import write_status; write_status(sys.argv[1], 'running', step=3)"
+    )
+    for owner, expected in ((os.getpid(), os.getpid()), (gone_pid(), None)):
+        write_status(tmp_path, "running", pid=owner)
+        child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+        child.wait()
+        status = read_status(tmp_path, check_process=False)
+        assert status is not None
+        assert (status.pid, status.step) == (expected or child.pid, 3)
+
+
 def test_missing_or_damaged_status_is_none(tmp_path: Path) -> None:
     assert read_status(tmp_path) is None
     for content in ("", "{", "[]", '{"state": "flying"}', "{}"):

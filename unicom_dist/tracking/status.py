@@ -45,10 +45,17 @@ def write_status(
     message: str = "",
     pid: int | None = None,
 ) -> Status:
-    """Replace the status file; `pid` is this process unless given. OSError when the folder cannot be written."""
+    """Replace the status file. OSError when the folder cannot be written.
+
+    `pid` is by default this process, or its parent where that has called the run its own: ranks come and go, the
+    process that started them lasts as long as the run.
+    """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    before = read_status(folder) if pid is None else None
     process = os.getpid() if pid is None else pid
+    if before is not None and before.state == "running" and before.pid == os.getppid():
+        process = before.pid
     status = Status(state, stage, step, process, socket.gethostname(), round(time.time(), 3), exit_code, message)
     temporary = folder / f".{STATUS_FILE}.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(asdict(status)) + "\n", encoding="utf-8")

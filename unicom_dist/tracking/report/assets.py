@@ -72,7 +72,8 @@ td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--rule); vertical-ali
 .good { color: var(--good); font-weight: 650; } .poor { color: #a86a00; font-weight: 650; }
 code { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   overflow-wrap: anywhere; }
-.config td { padding-top: 2px; padding-bottom: 2px; } .config td:nth-child(3) { color: var(--soft); white-space: nowrap; } .config td:first-child { white-space: nowrap; }
+.config td { padding-top: 2px; padding-bottom: 2px; }
+.config td:nth-child(3) { color: var(--soft); white-space: nowrap; } .config td:first-child { white-space: nowrap; }
 .facts thead { display: none; } .facts td:first-child { color: var(--soft); white-space: nowrap; width: 1%; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--link); font-size: 13px; }
 details[open] > summary { margin-bottom: 8px; }
