@@ -11,7 +11,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -20,7 +19,7 @@ from unicom_dist.config.errors import ConfigError, PreflightError
 from unicom_dist.config.load import Loaded
 from unicom_dist.config.problems import known_keys, sections
 from unicom_dist.config.schema import Config
-from unicom_dist.config.tree import DOCS
+from unicom_dist.config.tree import DOCS, dump
 
 DEFAULT = "default"
 
@@ -76,7 +75,7 @@ def write_config(run_dir: str | Path, config: Config, origins: Mapping[str, str]
     kept = {key: origins.get(key, DEFAULT) for key in flatten(config)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = to_yaml(config, {}) + yaml.safe_dump({"origins": kept}, sort_keys=False, allow_unicode=True, width=1000)
+        text = to_yaml(config, {}) + dump({"origins": kept}, flow=False)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
@@ -144,7 +143,7 @@ def scalar(value: Any) -> str:
     """A value in YAML on one line."""
     if isinstance(value, tuple):
         value = list(value)
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
+    return dump(value, flow=True).strip()
 
 
 def _lines(section: BaseModel, origins: Mapping[str, str], prefix: str, indent: str) -> Iterator[tuple[str, str]]:

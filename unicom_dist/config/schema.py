@@ -78,7 +78,7 @@ class FeaturesConfig(Section):
 class CompressorConfig(Section):
     """Channels narrowed, tokens kept."""
 
-    kind: Literal["attention", "mlp", "identity"] = "attention"
+    kind: Literal["attention", "mlp", "identity"] = Field("attention", description="how channels are narrowed; `identity` keeps them all")
     channels: PositiveInt = Field(64, description="latent channels d")
     heads: PositiveInt = Field(18, description="attention heads")
     attention_width: int = Field(0, ge=0, description="total width of q, k and v; 0 = the wider of input and output, heads averaged when narrowing")
@@ -93,13 +93,13 @@ class DecoderConfig(Section):
     patch_px: PositiveInt = Field(4, description="side of a patch, pixels")
     double_blocks: int = Field(2, ge=0, description="blocks with separate image and token streams")
     single_blocks: int = Field(4, ge=0, description="blocks with one joint stream")
-    heads: PositiveInt = 4
+    heads: PositiveInt = Field(4, description="attention heads")
     head_dim: PositiveInt = Field(64, description="channels per head; width = heads x head_dim")
     rope_axes: tuple[int, int, int] = Field((16, 24, 24), description="rotary channels per axis, sum = head_dim")
     prediction: Literal["velocity", "clean"] = Field("velocity", description="what the network outputs")
     token_positions: Literal["zero", "grid"] = Field("grid", description="rotary ids of the semantic tokens")
     concat_tokens: bool = Field(False, description="also append to each patch the token at its place, as FLUX.1 Fill does its mask")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -127,11 +127,11 @@ class CodecConfig(Section):
     decoder: DecoderConfig = DecoderConfig()
     latent_noise_tau: NonNegative = Field(0.0, description="decoder sees latents plus noise of std tau x U(0, 1), in latent stds")
     flow_remaining: Fraction = Field(0.0, description="c: the flow error is weighted by ((1-t) / max(1-t, c))^2; 0 = not weighted, 1 = error of the clean image")
-    perceptual: Literal["none", "lpips-alex", "lpips-vgg"] = "lpips-alex"
+    perceptual: Literal["none", "lpips-alex", "lpips-vgg"] = Field("lpips-alex", description="network of the perceptual loss term")
     perceptual_path: str = Field("assets/lpips", description="folder of the perceptual networks' safetensors")
     perceptual_weight: NonNegative = Field(0.5, description="lambda of the perceptual term")
     perceptual_min_t: Fraction = Field(0.5, description="the perceptual term looks only at samples with t >= this (low noise)")
-    timestep: Literal["uniform", "logit-normal"] = "uniform"
+    timestep: Literal["uniform", "logit-normal"] = Field("uniform", description="how t is drawn in training")
     timestep_shift: float = Field(1.0, gt=0, description="s in t' = 1 - s(1-t)/(1+(s-1)(1-t)); > 1 means more noise")
 
 
@@ -142,18 +142,18 @@ class PriorConfig(Section):
     tokenizer: str = Field("assets/qwen2.5-tokenizer", description="folder of the Qwen2.5 tokenizer")
     vocabulary: Literal["full", "trimmed"] = Field("full", description="`trimmed` keeps the ids of the training captions and all single bytes")
     hidden: PositiveInt = Field(896, description="model width")
-    layers: PositiveInt = 24
+    layers: PositiveInt = Field(24, description="decoder blocks")
     heads: PositiveInt = Field(14, description="query heads")
-    kv_heads: PositiveInt = 2
+    kv_heads: PositiveInt = Field(2, description="key-value heads; divides `heads`")
     ffn: PositiveInt = Field(4864, description="width of the gated MLP")
-    rope_theta: float = Field(1e6, gt=0)
-    norm_eps: float = Field(1e-6, gt=0)
-    tie_embeddings: bool = True
+    rope_theta: float = Field(1e6, gt=0, description="base of the rotary frequencies")
+    norm_eps: float = Field(1e-6, gt=0, description="epsilon of the RMS norms")
+    tie_embeddings: bool = Field(True, description="the output head is the embedding, transposed")
     max_grid: PositiveInt = Field(64, description="latent rows and columns covered by the 2-D position table")
-    timestep: Literal["uniform", "logit-normal"] = "uniform"
+    timestep: Literal["uniform", "logit-normal"] = Field("uniform", description="how t is drawn in training")
     timestep_shift: float = Field(1.0, gt=0, description="as codec.timestep_shift")
     condition_dropout: Fraction = Field(0.1, description="share of text-to-image samples trained without their caption")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -184,9 +184,9 @@ class ParallelConfig(Section):
 class Mixture(Section):
     """Sampling weights of the tasks of a prior stage; any positive numbers, normalised to shares of samples."""
 
-    text: NonNegative = 0.0
-    text_to_image: NonNegative = 0.0
-    image_to_text: NonNegative = 0.0
+    text: NonNegative = Field(0.0, description="captions alone")
+    text_to_image: NonNegative = Field(0.0, description="draw the image of a caption")
+    image_to_text: NonNegative = Field(0.0, description="describe an image")
 
     @model_validator(mode="after")
     def _some(self) -> Self:
@@ -199,24 +199,24 @@ class StageConfig(Section):
     """One step of the curriculum."""
 
     name: str = Field(description="unique; the run directory's subfolders are named after it", pattern=r"^[a-z][a-z0-9_-]*$")
-    kind: Literal["codec", "latents", "prior"]
+    kind: Literal["codec", "latents", "prior"] = Field(description="what is trained, or `latents`: computed from the features by the codec")
     steps: int = Field(0, ge=0, description="optimizer steps; a latents stage has none")
     batch: PositiveInt = Field(32, description="codec: images per optimizer step over all ranks; prior: packed rows per step")
     micro_batches: PositiveInt = Field(1, description="pieces a rank cuts its share of the step into")
     row_positions: PositiveInt = Field(1024, description="prior: positions per packed row")
     mixture: Mixture = Mixture(text_to_image=1.0)
-    lr: float = Field(1e-4, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate after warm-up")
     min_lr_ratio: Fraction = Field(0.0, description="cosine: final learning rate over lr")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    weight_decay: NonNegative = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-6, gt=0)
+    weight_decay: NonNegative = Field(0.01, description="of AdamW, decoupled")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW: decay of the first and second moment")
+    eps: float = Field(1e-6, gt=0, description="of AdamW")
     clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 = no clipping")
     ema: Fraction = Field(0.999, description="decay of the weight average; 0 = none")
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    lambda_text: NonNegative = 1.0
-    lambda_flow: NonNegative = 5.0
+    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of forward and backward; master weights and moments are float32")
+    lambda_text: NonNegative = Field(1.0, description="weight of the mean cross-entropy per text token")
+    lambda_flow: NonNegative = Field(5.0, description="weight of the mean squared flow error per latent channel")
     trainable: Literal["all", "connector"] = Field("all", description="prior: all weights or only the visual connector and heads")
     log_every: PositiveInt = Field(10, description="steps between metric records")
     eval_every: int = Field(0, ge=0, description="steps between held-out losses at fixed t; 0 = only at the end")
@@ -248,8 +248,8 @@ class SampleConfig(Section):
     steps: PositiveInt = Field(25, description="solver steps of the prior")
     guidance: NonNegative = Field(3.0, description="v = v_uncond + guidance (v_cond - v_uncond)")
     decoder_steps: PositiveInt = Field(8, description="solver steps of the decoder")
-    solver: Literal["euler", "heun"] = "euler"
-    seed: int = 0
+    solver: Literal["euler", "heun"] = Field("euler", description="of the flow ODE; `heun` evaluates twice a step")
+    seed: int = Field(0, description="of the noise of the first picture")
 
 
 class EvalConfig(Section):
@@ -265,16 +265,16 @@ class EvalConfig(Section):
 class TrackingConfig(Section):
     """Where metrics go besides metrics.jsonl."""
 
-    mlflow: bool = True
+    mlflow: bool = Field(True, description="also send everything to MLflow, from a process of its own")
     mlflow_uri: str = Field("", description="tracking URI; empty = MLFLOW_TRACKING_URI, else sqlite in the run directory's parent")
-    experiment: str = "unicom"
+    experiment: str = Field("unicom", description="MLflow experiment")
 
 
 class Config(Section):
     """A recipe."""
 
-    name: str
-    seed: int = Field(0, ge=0)
+    name: str = Field(description="of the run, shown in reports and MLflow")
+    seed: int = Field(0, ge=0, description="of weights, sample order, noise and augmentation")
     run_dir: str = Field(description="everything the run writes")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept per stage")
     data: DataConfig = DataConfig()
