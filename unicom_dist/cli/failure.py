@@ -27,9 +27,12 @@ def guarded(command: Callable[[], object]) -> int:
         return _say(error)
     except KeyboardInterrupt:
         return _interrupted()
-    except BrokenPipeError:  # the reader of our output has gone, as in `unicom config show ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        return _nobody_reads()
+    except SystemExit as stop:  # what Typer makes of a broken pipe
+        if isinstance(stop.__context__, BrokenPipeError):
+            return _nobody_reads()
+        raise
     except Exception as error:
         if type(error).__name__ == "Abort":
             return _interrupted()
@@ -71,6 +74,12 @@ def _say(error: UnicomError) -> int:
 def _interrupted() -> int:
     print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
     return INTERRUPTED
+
+
+def _nobody_reads() -> int:
+    """The reader of our output has gone, as in `unicom config show ... | head`: no reason to complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _storage_error(error: OSError) -> PreflightError:
