@@ -195,6 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to keep trying after the run has ended")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # our own line says that MLflow did not answer
     run_dir: Path = options.run_dir.resolve()
     if not run_dir.is_dir():
         parser.error(f"{run_dir} is not a folder")
