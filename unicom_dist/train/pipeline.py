@@ -9,15 +9,12 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from unicom_dist.checkpoint.weights import read_weights_config
 from unicom_dist.config.errors import CheckpointError, ConfigError, Preempted, PreflightError, UnicomError
-from unicom_dist.config.explain import write_config
 from unicom_dist.config.schema import Config, StageConfig
-from unicom_dist.tracking.env import write_env
-from unicom_dist.tracking.mirror import start_mirror
 from unicom_dist.tracking.status import write_status
 
 log = logging.getLogger(__name__)
@@ -29,23 +26,19 @@ def run(
     config: Config,
     run_latents: Runner,
     *,
-    origins: Mapping[str, str] | None = None,
     only: str = "",
     say: Callable[[str], None] = log.info,
 ) -> None:
     """Run the stages of `config` (or the one named `only`) that are not done yet.
 
-    `run_latents(config)` computes the latents of a finished codec; `origins` says where each value of the configuration
-    came from, for config.yaml; `say` receives a line for the user per event. When torchrun or srun started this
-    process, it is one of the ranks, else the ranks are started here.
+    `run_latents(config)` computes the latents of a finished codec; `say` receives a line for the user per event. When
+    torchrun or srun started this process, it is one of the ranks, else the ranks are started here.
     Raises whatever ended the run, after writing it to the status file.
     """
     from unicom_dist.train.launch import joined
 
     preflight(config)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) if joined() else 0
-    if rank == 0:
-        _open_run(config, origins or {})
     stages = [config.stage(only)] if only else list(config.stages)
     started = time.monotonic()
     stage = stages[0] if stages else None
@@ -126,14 +119,6 @@ def preflight(config: Config) -> None:
             f"a run starts with at least {MIN_FREE_BYTES / 2**20:.0f} MiB for its checkpoints",
             "free space, or set run_dir to another disk",
         )
-
-
-def _open_run(config: Config, origins: Mapping[str, str]) -> None:
-    """What a run directory says about itself from the start: configuration, environment, status. Starts the mirror."""
-    write_config(config.run_dir, config, origins)
-    write_env(config.run_dir)
-    write_status(config.run_dir, "running", stage=config.stages[0].name)
-    start_mirror(config.run_dir, config.tracking)
 
 
 def _wait_for_latents(config: Config) -> None:

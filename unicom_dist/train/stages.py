@@ -30,7 +30,7 @@ from unicom_dist.objective.perceptual import Lpips
 from unicom_dist.objective.terms import LossTerm, codec_counts, codec_terms, prior_counts, prior_terms
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.sample.loading import load_codec
-from unicom_dist.tracking.flops import prior_flops
+from unicom_dist.tracking.flops import codec_flops, prior_flops
 from unicom_dist.train.pictures import draw_prompts, draw_reconstructions
 
 Batch = TypeVar("Batch", CodecBatch, PackedBatch)
@@ -84,6 +84,9 @@ class CodecTask(Task[CodecBatch]):
         self._channels = feature_channels(pairs, config.encoder.kind)
         self._fingerprint = pairs.part_manifests[config.encoder.kind].fingerprint
         self._perceptual: Lpips | None = None
+        self._flops: dict[tuple[int, ...], float] = {}  # by shape: counting takes longer than a small step may
+        with torch.device("meta"):  # an engine may have split the weights of the model itself
+            self._shapes = Codec(config.codec, self._channels)
 
     def build(self) -> nn.Module:
         kind = self.config.codec.perceptual
@@ -102,7 +105,10 @@ class CodecTask(Task[CodecBatch]):
         return codec_counts(batch, self.config.codec)
 
     def amounts(self, batch: CodecBatch) -> dict[str, float]:
-        return {"images": float(batch.images.shape[0])}
+        shape = (*batch.features.shape, int(batch.mask.sum()))
+        if shape not in self._flops:
+            self._flops[shape] = float(codec_flops(self._shapes, batch))
+        return {"images": float(batch.images.shape[0]), "flops": self._flops[shape]}
 
     def terms(self, outputs: Any, batch: CodecBatch) -> dict[str, LossTerm]:
         return codec_terms(outputs, batch, self.config.codec, self._perceptual)
