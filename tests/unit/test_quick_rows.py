@@ -21,7 +21,7 @@ def test_a_baseline_is_beaten_only_by_the_whole_interval(better, baseline, beate
 
 def test_rows_become_plain_json():
     row = measure("psnr_db", "heldout", [20.0, 22.0], "higher", untrained=5.0, trivial=("mean image", 10.0))
-    content = json.loads(json.dumps(row.to_json()))
+    content = json.loads(json.dumps(row.as_dict()))
     assert content["value"] == 21.0
     assert content["n"] == 2
     assert content["baselines"] == {"untrained": 5.0, "trivial": {"name": "mean image", "value": 10.0}}

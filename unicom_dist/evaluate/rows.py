@@ -33,7 +33,7 @@ class Row:
             return all(self.ci[0] > other for other in others)
         return all(self.ci[1] < other for other in others)
 
-    def to_json(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """The form of `eval.json`."""
         return {
             "metric": self.metric,

@@ -1,0 +1,170 @@
+"""The `quick` suite: reconstructions, losses, pictures for prompts and captions, on held-out data, in about a minute.
+
+Each figure stands beside the untrained model and a trivial baseline. Writes `eval.json` and `samples/eval/*.png` into
+the run directory: {"suite", "rows", "flow_loss": {stage: {t: loss}}, "captions": [{key, truth, generated}], "seconds"}.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from unicom_dist.config.errors import PreflightError
+from unicom_dist.config.load import load_recipe
+from unicom_dist.config.schema import Config
+from unicom_dist.evaluate.generation import Drawn, Gallery, accuracy_rows, draw, resnet_judge, untrained_prior
+from unicom_dist.evaluate.heldout import Pair, mean_picture, read_pairs
+from unicom_dist.evaluate.judge import Embed
+from unicom_dist.evaluate.losses import caption_row, flow_rows
+from unicom_dist.evaluate.reconstruction import Distance, reconstruct, reconstruction_rows, untrained_codec
+from unicom_dist.evaluate.rows import Row
+from unicom_dist.objective.perceptual import Lpips
+from unicom_dist.sample.grid import picture_grid
+from unicom_dist.sample.loading import LoadedPrior, find_parts, load_prior, stage_names
+from unicom_dist.sample.pipeline import UniComPipeline
+
+log = logging.getLogger(__name__)
+
+SHOWN = 24  # pictures of a grid
+CAPTIONS = 16  # held-out pictures described in eval.json
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks that judge: features of pictures, perceptual distance of pictures."""
+
+    embed: Embed
+    lpips: Distance
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device) -> "Networks":
+        """ResNet50 and LPIPS-VGG from the recipe's `eval` section. ConfigError or DataError if a file is missing."""
+        embed = resnet_judge(config.eval.judge_path, config.codec.decoder.image_px, device)
+        lpips = Lpips.load("vgg", config.eval.lpips_path).eval().to(device)
+        return cls(embed, lambda a, b: lpips(a.to(device), b.to(device)).cpu())
+
+
+def run(checkpoint: str | Path, networks: Networks | None = None) -> list[Row]:
+    """Measure the model in a run directory, or in a model folder with a config.yaml. Returns the rows of `eval.json`.
+
+    Without a finished prior only the codec is measured. ConfigError, DataError, CheckpointError: something is missing;
+    PreflightError: the folder cannot be written.
+    """
+    began = time.perf_counter()
+    folder = Path(checkpoint)
+    config = load_recipe(folder).config
+    pipeline = UniComPipeline.from_pretrained(folder)
+    networks = networks or Networks.load(config, pipeline.device)
+    grids = folder / "samples" / "eval"
+    try:
+        grids.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PreflightError(f"{grids} cannot be written", str(error), "make the run directory writable") from None
+    result: dict[str, Any] = {"suite": "quick"}
+    with _timed("pictures read"):
+        train, heldout = read_pairs(config, "train"), read_pairs(config, "heldout")
+        mean = mean_picture(train)
+    rows = _codec(config, pipeline, networks, heldout, mean, grids)
+    stages = stage_names(folder)
+    if stages:
+        rows += _prior_losses(config, pipeline, folder, stages, result)
+        rows += _prompts(config, pipeline, networks, train, heldout, mean, grids)
+        with _timed("held-out pictures described"):
+            result["captions"] = _captions(pipeline, heldout)
+    result["rows"] = [row.as_dict() for row in rows]
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    (folder / "eval.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    log.info("%s and %s written after %.0f s", folder / "eval.json", grids, result["seconds"])
+    return rows
+
+
+def _codec(
+    config: Config, pipeline: UniComPipeline, networks: Networks, heldout: list[Pair], mean: Image.Image, grids: Path
+) -> list[Row]:
+    chosen = heldout[: config.eval.images]
+    with _timed(f"{len(chosen)} held-out pictures reconstructed"):
+        originals = [pair.picture for pair in chosen]
+        rebuilt = reconstruct(pipeline, chosen, config)
+        untrained = reconstruct(untrained_codec(pipeline, config.seed), chosen, config)
+        rows = reconstruction_rows(originals, rebuilt, untrained, mean, networks.lpips)
+        both = [picture for pair in zip(originals, rebuilt, strict=True) for picture in pair]
+        labels = [text for pair in chosen for text in (pair.caption, "reconstruction")]
+        grid = picture_grid(both[: 2 * SHOWN], labels[: 2 * SHOWN], 8, 128, title="held out: original, reconstruction")
+        grid.save(grids / "reconstructions.png")
+    return rows
+
+
+def _prior_losses(
+    config: Config, pipeline: UniComPipeline, folder: Path, stages: list[str], result: dict[str, Any]
+) -> list[Row]:
+    def trained() -> Iterator[tuple[str, LoadedPrior]]:
+        for stage in stages:
+            if stage == stages[-1]:
+                yield stage, pipeline.prior
+                continue
+            path = find_parts(folder, stage).prior
+            assert path is not None
+            yield stage, load_prior(path, pipeline.device)
+
+    with _timed(f"losses of {len(stages)} stages"):
+        untrained = untrained_prior(pipeline, config.seed).prior.model
+        rows, result["flow_loss"] = flow_rows(config, trained(), untrained)
+        return [*rows, caption_row(config, stages[-1], pipeline.prior, untrained)]
+
+
+def _prompts(
+    config: Config,
+    pipeline: UniComPipeline,
+    networks: Networks,
+    train: list[Pair],
+    heldout: list[Pair],
+    mean: Image.Image,
+    grids: Path,
+) -> list[Row]:
+    rows: list[Row] = []
+    with _timed(f"{len(train) + len(heldout)} real pictures shown to the judge"):
+        gallery = Gallery(networks.embed, [*train, *heldout])
+    fresh = untrained_prior(pipeline, config.seed)
+    for split, pairs in (("heldout prompts", heldout), ("train prompts", train)):
+        chosen = _spread(pairs, config.eval.prompts)
+        captions = [pair.caption for pair in chosen]
+        with _timed(f"{len(chosen)} {split} drawn"):
+            drawn = gallery.judge(draw(pipeline, chosen, config), captions)
+            untrained = gallery.judge(draw(fresh, chosen, config), captions)
+            rebuilt = gallery.judge(reconstruct(pipeline, chosen, config), captions)
+            rows += accuracy_rows(gallery, split, drawn, untrained, mean, rebuilt)
+            _save_prompts(drawn, grids / f"{split.replace(' ', '-')}.png", len(gallery.prototypes.captions))
+    return rows
+
+
+def _save_prompts(drawn: Drawn, path: Path, prototypes: int) -> None:
+    labels = [f"{text} (#{rank + 1})" for text, rank in zip(drawn.prompts, drawn.ranks.tolist(), strict=True)]
+    title = f"in brackets: place of the prompt's own picture among {prototypes}, by likeness to what was drawn"
+    picture_grid(drawn.pictures[:SHOWN], labels[:SHOWN], 8, 128, title=title).save(path)
+
+
+def _captions(pipeline: UniComPipeline, heldout: list[Pair]) -> list[dict[str, str]]:
+    chosen = _spread(heldout, CAPTIONS)
+    texts = pipeline.captions([pair.features for pair in chosen])
+    return [
+        {"key": pair.key, "truth": pair.caption, "generated": text} for pair, text in zip(chosen, texts, strict=True)
+    ]
+
+
+def _spread(pairs: list[Pair], count: int) -> list[Pair]:
+    count = min(count, len(pairs))
+    return [pairs[number * len(pairs) // count] for number in range(count)]
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    log.info("%s: %.1f s", what, time.perf_counter() - began)
