@@ -1,0 +1,98 @@
+"""A whole recipe: every stage on one rank and on two ZeRO-3 ranks. Starts 1 and 2 processes, about a minute."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_run import losses, tiny_run, write_stats
+
+from unicom_dist.config.errors import CheckpointError, ConfigError
+from unicom_dist.tracking.metrics import read_metrics
+from unicom_dist.tracking.status import read_status
+from unicom_dist.train.pipeline import run
+
+STAGES = ("codec", "alignment", "pretrain", "continue", "sft")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = tiny_run(tmp_path_factory.mktemp("plain"))
+    said: list[str] = []
+    run(config, write_stats, say=said.append)
+    return config, said
+
+
+def test_every_stage_leaves_weights_checkpoint_and_pictures(finished):
+    config, _ = finished
+    folder = Path(config.run_dir)
+    for stage in STAGES:
+        content = json.loads((folder / "weights" / stage / "config.json").read_text())
+        assert content["step"] == config.stage(stage).steps
+        assert load_file(folder / "weights" / stage / "model.safetensors")
+        assert list((folder / "samples" / stage).glob("*.png"))
+        assert list((folder / "checkpoints" / stage).glob("step-*/COMPLETE"))
+    assert read_status(folder).state == "done"
+
+
+def test_each_step_is_logged_once_and_evaluated_on_held_out_data(finished):
+    config, _ = finished
+    records = read_metrics(config.run_dir)
+    for stage in STAGES:
+        assert sorted(losses(config, stage)) == list(range(1, config.stage(stage).steps + 1))
+        held_out = [r for r in records if r.stage == stage and r.kind == "eval"]
+        assert {"loss/flow@0.3", "loss/flow@0.7"} <= held_out[-1].values.keys()
+        assert ("loss/text" in held_out[-1].values) == (stage != "codec")
+
+
+def test_a_second_start_skips_what_is_finished(finished):
+    config, _ = finished
+    said: list[str] = []
+    run(config, write_stats, say=said.append)
+    assert [line for line in said if "skipped" in line] == [f"{name}: finished before, skipped" for name in STAGES]
+
+
+def test_connector_stage_moves_no_weight_of_the_backbone(finished):
+    config, _ = finished
+    from unicom_dist.train.stages import make_task
+
+    before = dict(make_task(config, config.stage("alignment")).build().named_parameters())
+    after = load_file(Path(config.run_dir) / "weights" / "alignment" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name].bfloat16(), after[name])}
+    assert moved
+    assert not any(name.startswith("backbone.") for name in moved)
+
+
+def test_a_stage_starts_from_the_weights_of_the_one_before(finished):
+    config, _ = finished
+    first = losses(config, "sft")[1]
+    assert losses(config, "pretrain")[1] > first  # text loss went on falling over the stages
+
+
+@pytest.mark.dist
+def test_two_zero3_ranks_train_as_one_plain_process(finished, tmp_path):
+    config, _ = finished
+    split = tiny_run(tmp_path, parallel={"nproc": 2, "zero_stage": 3})
+    run(split, write_stats)
+    for stage in STAGES:
+        expected, got = losses(config, stage), losses(split, stage)
+        assert got.keys() == expected.keys()
+        for step, value in expected.items():
+            assert got[step] == pytest.approx(value, rel=2e-5), (stage, step)
+
+
+def test_another_model_under_the_same_run_directory_is_refused(finished):
+    config, _ = finished
+    wider = tiny_run(
+        Path(config.run_dir).parents[1], prior={"hidden": 64}, stages={"sft": {"steps": 4}, "codec": {"steps": 4}}
+    )
+    with pytest.raises(CheckpointError, match="holds another model") as caught:
+        run(wider, write_stats, only="sft")
+    assert "undo the change" in caught.value.remedy
+
+
+def test_no_stages_is_a_configuration_error(tmp_path):
+    config = tiny_run(tmp_path)
+    with pytest.raises(ConfigError, match="stages is empty"):
+        run(config.model_copy(update={"stages": []}), write_stats)

@@ -1,0 +1,49 @@
+"""A tiny recipe with shards, features and latents on disk, ready for `unicom_dist.train.pipeline.run`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unicom_dist.config.schema import Config
+from unicom_dist.data.manifest import Manifest
+from unicom_dist.models.codec import LatentStats
+from unicom_dist.models.encoders import encoder_fingerprint
+from unicom_dist.testing.shards import write_tiny_sets
+from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
+from unicom_dist.tracking.metrics import read_metrics
+
+
+def tiny_run(folder: Path, **overrides: Any) -> Config:
+    """The tiny configuration below `folder`; its data is written on the first call."""
+    config = tiny_config(folder, **overrides)
+    if not (folder / "data").exists():
+        write_tiny_assets(folder)
+        write_tiny_sets(config)
+        for name in ("train", "heldout"):
+            manifest = Manifest.read(folder / "data" / name, "random")
+            manifest.fingerprint = encoder_fingerprint(config.encoder)
+            manifest.write(folder / "data" / name)
+    return config
+
+
+def write_stats(config: Config) -> None:
+    """In place of the latents stage: the latents are there already, only their statistics are not."""
+    channels = config.codec.compressor.channels
+    stats = LatentStats(torch.zeros(channels), torch.ones(channels))
+    (Path(config.run_dir) / "latents" / "stats.json").write_text(json.dumps(stats.to_json()))
+
+
+def losses(config: Config, stage: str) -> dict[int, float]:
+    """Training loss by step, as a reader of metrics.jsonl sees it."""
+    return {
+        record.step: record.values["loss/total"]
+        for record in read_metrics(config.run_dir)
+        if record.stage == stage and record.kind == "train"
+    }
+
+
+def only(config: Config, *names: str) -> list[dict[str, Any]]:
+    """Overrides that keep only the named stages."""
+    return [stage.model_dump(mode="json") for stage in config.stages if stage.name in names]
