@@ -54,7 +54,7 @@ def chart(
 ) -> Markup | None:
     """The chart of `lines` over steps, or None when none of them has a finite point.
 
-    Above it stand the last values, or with `labels` the lines' names.
+    Above it stand the last values of up to four lines, or with `labels` the lines' names.
     """
     lines = [replace(line, points=[p for p in line.points if math.isfinite(p[1])]) for line in lines]
     lines = [line for line in lines if line.points]
@@ -92,7 +92,8 @@ def chart(
             line.label if labels else number(line.shown[-1][1]),
             title=f"{line.label}, last value",
         )
-        for line in lines[:5]
+        for line in lines
+        if labels or len(lines) <= 4
     ]
     note = ", ".join(part for part in (unit, "log" if y_axis.log else "") if part)
     caption = tag("figcaption", tag("b", title), tag("span", note, class_="unit"), tag("span", *ends, class_="ends"))

@@ -196,7 +196,7 @@ def _fixed_times(runs: list[Run], stage: str, name: str) -> Markup | None:
             color = COLORS[index % len(COLORS)] if len(runs) > 1 else shade(number_ / max(len(times) - 1, 1))
             prefix = f"{run.name} " if len(runs) > 1 else ""
             lines.append(Line(f"{prefix}{t}", curve.heldout or curve.train, color, dots=True))
-    return chart(f"{_title(name)} at t", lines, labels=True)
+    return chart(f"{_title(name)} at t", lines, labels=len(runs) == 1)
 
 
 def shade(share: float) -> str:

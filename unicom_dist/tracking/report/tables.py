@@ -14,15 +14,13 @@ from unicom_dist.tracking.report.html import Child, Markup, join, table, tag
 def evaluation(runs: list[Run]) -> Markup | None:
     """One row per figure and run, green where its whole interval beats every baseline. None without an evaluation."""
     many = len(runs) > 1
-    rows: list[list[Child]] = []
-    notes: list[str] = []
-    for run in runs:
-        for row in evaluation_rows(run):
-            rows.append([*([run.name] if many else []), *_evaluation_row(row)])
-            if row.get("note") and row["note"] not in notes:
-                notes.append(str(row["note"]))
-    if not rows:
+    found = [(run, row) for run in runs for row in evaluation_rows(run)]
+    if not found:
         return None
+    order = list(dict.fromkeys((row["metric"], row.get("split")) for _, row in found))
+    found.sort(key=lambda item: order.index((item[1]["metric"], item[1].get("split"))))  # runs side by side
+    rows: list[list[Child]] = [[*([run.name] if many else []), *_evaluation_row(row)] for run, row in found]
+    notes = dict.fromkeys(str(row["note"]) for _, row in found if row.get("note"))
     head: list[Child] = ["figure", "data", "model", "95 % interval", "untrained", "trivial baseline", "n"]
     first = 1 if many else 0
     numeric = tuple(first + column for column in (2, 3, 4, 5, 6))
