@@ -21,7 +21,7 @@ def fetch(recipe: Recipe, overrides: Overrides = None) -> None:
     from pipelines import fetch as job
 
     with logged():
-        job.fetch(job.required_assets(load(recipe, overrides).config), say=say)
+        job.run(load(recipe, overrides).config)
 
 
 @app.command()
@@ -40,7 +40,7 @@ def ingest(
     else:
         loaded = load(source, overrides)
     with logged():
-        job.ingest(loaded.config, say=say)
+        job.run(loaded.config)
 
 
 @app.command()

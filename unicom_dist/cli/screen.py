@@ -30,10 +30,10 @@ def load(recipe: str, overrides: Sequence[str] | None) -> "Loaded":
 
 
 def console() -> "Console":
-    """Rich on stdout; lines are not wrapped where nobody looks."""
+    """Rich on stdout; wide where there is no terminal to say how wide it is."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def say(text: str) -> None:
@@ -65,17 +65,20 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def logged() -> Iterator[None]:
-    """Show what the library logs as plain lines on stderr for the time of the block; other packages only warn."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    """Show what the library logs as plain lines during the block: information on stdout, warnings on stderr."""
+    inform, warn = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    inform.addFilter(lambda record: record.levelno < logging.WARNING)
+    inform.setFormatter(logging.Formatter("%(message)s"))
+    warn.setLevel(logging.WARNING)
+    warn.setFormatter(logging.Formatter("warning: %(message)s"))
     own = [logging.getLogger(name) for name in ("unicom_dist", "pipelines")]
     for logger in own:
-        logger.addHandler(handler)
+        logger.handlers += [inform, warn]
         logger.setLevel(logging.INFO)
         logger.propagate = False
     try:
         yield
     finally:
         for logger in own:
-            logger.removeHandler(handler)
+            logger.handlers = [handler for handler in logger.handlers if handler not in (inform, warn)]
             logger.propagate = True
