@@ -1,0 +1,86 @@
+"""Published folders load into the backbone, whole or trimmed, or are refused with a reason. One process, seconds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from unicom_dist.config.errors import CheckpointError, ConfigError
+from unicom_dist.config.schema import PriorConfig
+from unicom_dist.models.backbone import Qwen2
+from unicom_dist.models.published import load_published
+
+ROWS = 40
+
+
+def config(folder: Path, tied: bool = True) -> PriorConfig:
+    shape = PriorConfig(hidden=16, layers=2, heads=4, kv_heads=2, ffn=24, tie_embeddings=tied)
+    return shape.model_copy(update={"init_from": str(folder)})
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Qwen2, bool]:
+    """A folder as the hub has it, in two files, bfloat16, with spare rows in the tables."""
+    network = Qwen2(config(tmp_path, request.param), ROWS, seed=7)
+    names = list(dict(network.named_parameters()))
+    weights = {name: network.get_parameter(name).detach().bfloat16() for name in names}
+    save_file({name: weights[name] for name in names[:5]}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({name: weights[name] for name in names[5:]}, tmp_path / "model-00002-of-00002.safetensors")
+    content = {
+        "model_type": "qwen2",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": request.param,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    return tmp_path, network.bfloat16(), request.param
+
+
+def test_every_weight_arrives(published: tuple[Path, Qwen2, bool]) -> None:
+    folder, original, tied = published
+    loaded = Qwen2(config(folder, tied), ROWS - 3, seed=1)
+    load_published(loaded, config(folder, tied), range(ROWS - 3))
+    for name, parameter in loaded.named_parameters():
+        expected = original.get_parameter(name).float()
+        assert torch.equal(parameter, expected[: len(parameter)]), name
+
+
+def test_a_trimmed_vocabulary_takes_its_own_rows(published: tuple[Path, Qwen2, bool]) -> None:
+    folder, original, tied = published
+    loaded = Qwen2(config(folder, tied), 3, seed=1)
+    load_published(loaded, config(folder, tied), [30, 2, 11])
+    assert torch.equal(loaded.lm_head.weight, original.lm_head.weight.float()[[30, 2, 11]])
+    assert torch.equal(loaded.model.embed_tokens.weight, original.model.embed_tokens.weight.float()[[30, 2, 11]])
+
+
+def test_another_architecture_is_named_with_what_would_fit(published: tuple[Path, Qwen2, bool]) -> None:
+    folder, _, tied = published
+    other = config(folder, tied).model_copy(update={"layers": 3, "ffn": 32})
+    with pytest.raises(ConfigError, match=r"layers = 3, ffn = 32") as raised:
+        load_published(Qwen2(other, ROWS), other, range(ROWS))
+    assert raised.value.remedy == "prior.layers=2 prior.ffn=24"
+
+
+def test_incomplete_damaged_or_foreign_folders_are_refused(published: tuple[Path, Qwen2, bool]) -> None:
+    folder, _, tied = published
+    network, shape = Qwen2(config(folder, tied), ROWS), config(folder, tied)
+    with pytest.raises(CheckpointError, match="needs row 40"):
+        load_published(network, shape, [40])
+    last = folder / "model-00002-of-00002.safetensors"
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load_published(network, shape, range(ROWS))
+    last.unlink()
+    with pytest.raises(CheckpointError, match="lacks"):
+        load_published(network, shape, range(ROWS))
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no readable config\.json"):
+        load_published(network, shape, range(ROWS))
