@@ -99,6 +99,8 @@ def test_everything_arrives_once(run_dir: Path, monkeypatch: pytest.MonkeyPatch,
     samples = run_dir / "samples" / "codec"
     samples.mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(samples / "step-000010.png")
+    (run_dir / "samples" / "eval").mkdir()
+    Image.new("RGB", (4, 4)).save(run_dir / "samples" / "eval" / "heldout-prompts.png")
     (run_dir / "eval.json").write_text("{}")
     write_status(run_dir, "done", exit_code=0)
 
@@ -120,7 +122,7 @@ def test_everything_arrives_once(run_dir: Path, monkeypatch: pytest.MonkeyPatch,
     assert stage.data.params == {"name": "codec", "kind": "codec", "lr": "0.1"}
     assert (parent.info.status, stage.info.status) == ("RUNNING", "RUNNING")  # new records opened them again
     names = {item.path for item in client(run_dir).list_artifacts(parent.info.run_id)}
-    assert names == {"config.yaml", "eval.json"}
+    assert names == {"config.yaml", "eval.json", "samples"}
     assert [a.path for a in client(run_dir).list_artifacts(stage.info.run_id, "samples")] == ["samples/step-000010.png"]
     assert list(elsewhere.iterdir()) == []  # MLflow's own defaults would have put a database and a folder here
 

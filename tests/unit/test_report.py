@@ -44,7 +44,8 @@ def make_run(folder: Path, name: str = "first") -> Path:
         "beats_all": True, "note": "",
         "baselines": {"untrained": 7.0, "trivial": {"name": "mean image", "value": 11.0}},
     }  # fmt: skip
-    (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
+    captions = [{"key": "k", "truth": "a red apple", "generated": EVIL}]
+    (folder / "eval.json").write_text(json.dumps({"rows": [row], "captions": captions}))
     write_status(folder, "done", exit_code=0)
     return folder
 
@@ -89,12 +90,31 @@ def test_page_fetches_nothing_and_runs_only_its_script(tmp_path: Path) -> None:
 
 def test_page_shows_figures_pictures_configuration(tmp_path: Path) -> None:
     html = report.run([make_run(tmp_path / "a", name="my run")]).read_text()
-    for shown in ("my run", "21.50", "21.00 – 22.00", "11.00 (mean image)", "recipes/tiny.yaml:1", "stages.codec.name"):
+    for shown in (
+        "my run",
+        "21.50",
+        "21.00 – 22.00",
+        "11.00 (mean image)",
+        "recipes/tiny.yaml:1",
+        "stages.codec.name",
+        "a red apple",
+    ):
         assert shown in html
     assert html.index("Pictures drawn from prompts") < html.index("Reconstructions") < html.index("Evaluation")
     assert "pretrain, step 60" in html  # the newest grid of prompts leads; the codec's are reconstructions
     assert "codec, step 60" in html
     assert 'class="good"' in html
+
+
+def test_pictures_of_an_evaluation_lead_their_sections(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    (folder / "samples" / "eval").mkdir()
+    for name in ("reconstructions", "heldout-prompts"):
+        Image.new("RGB", (9, 9)).save(folder / "samples" / "eval" / f"{name}.png")
+    html = report.run([folder]).read_text()
+    drawn, rebuilt = html.index("eval, heldout prompts"), html.index("eval, reconstructions")
+    assert drawn < html.index("over its steps") < html.index("<h2>Reconstructions") < rebuilt
+    assert Page(html).images == 6
 
 
 def test_runs_are_overlaid_in_common_charts(tmp_path: Path) -> None:

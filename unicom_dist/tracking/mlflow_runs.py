@@ -162,15 +162,17 @@ class MlflowRuns:
         batches.clear()
 
     def _send_files(self) -> None:
+        stages = {section.get("name") for section in read_config(self._dir).values.get("stages", [])}
         for path in self._files():
             name = str(path.relative_to(self._dir))
             stat = path.stat()
             mark = [stat.st_size, stat.st_mtime_ns]
             if self._state["files"].get(name) == mark:
                 continue
-            parts = Path(name).parts
-            stage = parts[1] if parts[0] == "samples" and len(parts) == 3 else PARENT
-            self._client.log_artifact(self._run(stage), str(path), "samples" if parts[0] == "samples" else None)
+            folder = path.parent.name
+            stage = folder if folder in stages else PARENT  # pictures of an evaluation belong to the whole run
+            under = "samples" if path.parent != self._dir else None
+            self._client.log_artifact(self._run(stage), str(path), under)
             self._state["files"][name] = mark
             self._save()
 

@@ -56,6 +56,7 @@ svg .cursor { stroke: #8a93a0; stroke-dasharray: 2 2; visibility: hidden; } svg.
 .film { display: grid; grid-template-columns: repeat(5, 1fr); gap: 12px; align-items: start; }
 .film figure { cursor: zoom-in; break-inside: avoid; }
 .film figure.wide { grid-column: 1 / -1; cursor: zoom-out; }
+.lead { display: grid; gap: 14px; }
 .lead img { display: block; max-width: min(100%, 900px); height: auto; border: 1px solid var(--rule);
   border-radius: 6px; }
 .film img { display: block; max-width: 100%; height: auto; border: 1px solid var(--rule); border-radius: 6px; }

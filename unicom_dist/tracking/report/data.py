@@ -38,11 +38,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Grid:
-    """A picture grid: `kind` is prompts or reconstruction, `details` the JSON beside it."""
+    """A picture grid: `kind` is prompts or reconstruction, `details` the JSON beside it.
+
+    `step` is None for the pictures of an evaluation, which have names instead (samples/eval/heldout-prompts.png).
+    """
 
     path: Path
     stage: str
-    step: int
+    step: int | None
     kind: str
     details: dict[str, Any]
 
@@ -115,12 +118,13 @@ def find_grids(folder: Path, kinds: dict[str, str]) -> list[Grid]:
     for path in (folder / "samples").glob("*/*.png"):
         details = _json(path.with_suffix(".json"))
         stage = str(details.get("stage") or path.parent.name)
-        digits = "".join(c for c in path.stem.partition("step-")[2] if c.isdigit())
+        digits = path.stem.partition("step-")[2]
         step = details.get("step")
-        step = step if isinstance(step, int) else int(digits or 0)
-        kind = details.get("kind") or ("reconstruction" if kinds.get(stage) == "codec" else "prompts")
+        step = step if isinstance(step, int) else int(digits) if digits.isdecimal() else None
+        rebuilt = kinds.get(stage) == "codec" or "reconstruction" in path.stem
+        kind = details.get("kind") or ("reconstruction" if rebuilt else "prompts")
         grids.append(Grid(path, stage, step, str(kind), details))
-    return sorted(grids, key=lambda g: (order.get(g.stage, len(order)), g.stage, g.kind, g.step))
+    return sorted(grids, key=lambda g: (order.get(g.stage, len(order)), g.stage, g.kind, g.step or 0, g.path.name))
 
 
 def _json(path: Path) -> dict[str, Any]:

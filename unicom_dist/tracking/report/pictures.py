@@ -17,15 +17,15 @@ _MAX_SIDE_PX = 1600
 
 
 def pictures(run: Run, kind: str) -> Markup | None:
-    """The newest grid of `kind` large, then what each stage's looked like over its steps; None when there are none."""
+    """Large the grids of an evaluation, or the newest one; then each stage's over its steps. None without any."""
     grids = [grid for grid in run.grids if grid.kind == kind]
-    newest = next((figure for grid in reversed(grids) if (figure := _figure(grid, lead=True))), None)
-    if newest is None:
+    leading = [grid for grid in grids if grid.step is None] or grids[-1:]
+    leads = [figure for grid in leading if (figure := _figure(grid, lead=True))]
+    if not leads:
         return None
-    blocks: list[Child] = [tag("div", newest, class_="lead")]
-    for stage, found in groupby(grids, key=lambda grid: grid.stage):
-        of_stage = list(found)
-        shown = [grid for grid in spread(of_stage, _MAX_STEPS) if grid is not grids[-1]]
+    blocks: list[Child] = [tag("div", *leads, class_="lead")]
+    for stage, found in groupby([grid for grid in grids if grid.step is not None], key=lambda grid: grid.stage):
+        shown = [grid for grid in spread(list(found), _MAX_STEPS) if grid not in leading]
         figures = [figure for grid in shown if (figure := _figure(grid))]
         if figures:
             blocks.append(tag("h3", stage, tag("small", "over its steps; click to enlarge")))
@@ -46,7 +46,8 @@ def _figure(grid: Grid, lead: bool = False) -> Markup | None:
         return None
     prompts = grid.details.get("prompts")
     names = ", ".join(str(p) for p in prompts) if isinstance(prompts, list) else ""
-    where = f"{grid.stage}, step {grid.step}" if lead else f"step {grid.step}"
+    at = f"step {grid.step}" if grid.step is not None else grid.path.stem.replace("-", " ")
+    where = f"{grid.stage}, {at}" if lead else at
     return tag("figure", tag("img", src=source, alt=f"{where}: {names}"), tag("figcaption", where))
 
 
@@ -66,15 +67,11 @@ def embed(grid: Grid) -> str | None:
 
 
 def captions(run: Run) -> Markup | None:
-    """Captions the model wrote for held-out images beside the given ones, from the newest details that have them."""
-    for grid in reversed(run.grids):
-        written = grid.details.get("captions")
-        if isinstance(written, list) and written:
-            items = [
-                tag("li", tag("q", c.get("generated", "")), tag("small", f"given: {c.get('reference', '')}"))
-                for c in written
-                if isinstance(c, dict)
-            ]
-            if items:
-                return tag("ul", *items, class_="captions")
-    return None
+    """What the evaluated model wrote about held-out images, each with the caption that was given. None without any."""
+    written = run.evaluation.get("captions")
+    items = [
+        tag("li", tag("q", item.get("generated", "")), tag("small", f"given: {item.get('truth', '')}"))
+        for item in (written if isinstance(written, list) else [])
+        if isinstance(item, dict)
+    ]
+    return tag("ul", *items, class_="captions") if items else None
