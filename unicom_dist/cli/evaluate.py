@@ -17,7 +17,7 @@ def evaluate(
     from unicom_dist.evaluate import quick
     from unicom_dist.evaluate.rows import table
 
-    with logged():
+    with logged(json_on_stdout=as_json):
         rows = quick.run(checkpoint)
     if as_json:
         print_json([row.as_dict() for row in rows])

@@ -35,8 +35,6 @@ def sample(
     stage: Annotated[str, typer.Option(help="A prior stage other than the last finished one.")] = "",
 ) -> None:
     """Draw the prompts, describe images, reconstruct images; with neither given, what the run's recipe names."""
-    from unicom_dist.sample.pipeline import UniComPipeline
-
     config = _recipe(checkpoint)
     everything = not (prompts or image or reconstruct)
     if everything and config is None:
@@ -48,19 +46,23 @@ def sample(
         )
     settings = _settings(config, seed, steps, guidance)
     folder = out or Path(checkpoint) / "pictures"
+    given = [_open(path) for path in image or []]
+    rebuilt = _to_rebuild(reconstruct, config, limit) if reconstruct else None
+    from unicom_dist.sample.pipeline import UniComPipeline
+
     with logged():
         pipeline = UniComPipeline.from_pretrained(checkpoint, stage=stage)
         if everything and config is not None:
             _draw(pipeline, config.sample.prompts, count, settings, folder)
-            _reconstruct(pipeline, "heldout", config, limit, settings, folder)
+            _reconstruct(pipeline, *_held_out(config, limit), settings, folder)
             _describe(pipeline, *_held_out(config, 4))
             return
         if prompts:
             _draw(pipeline, prompts, count, settings, folder)
-        if reconstruct:
-            _reconstruct(pipeline, reconstruct, config, limit, settings, folder)
-        if image:
-            _describe(pipeline, [_open(path) for path in image], [str(path) for path in image])
+        if rebuilt:
+            _reconstruct(pipeline, *rebuilt, settings, folder)
+        if given:
+            _describe(pipeline, given, [str(path) for path in image or []])
 
 
 def _recipe(checkpoint: str) -> "Config | None":
@@ -108,28 +110,30 @@ def _draw(
         say(f"all of them: {folder / 'grid.png'}")
 
 
+def _to_rebuild(source: str, config: "Config | None", limit: int) -> "tuple[list[Image], list[str]]":
+    """The images of a folder, or of the held-out set, and what to call them. DataError if there is none."""
+    if source == "heldout" and config is not None:
+        return _held_out(config, limit)
+    paths = sorted(path for path in Path(source).glob("*") if path.suffix.lower() in SUFFIXES)[:limit]
+    if not paths:
+        raise DataError(
+            f"--reconstruct {source}",
+            "there is no image in this folder" if Path(source).is_dir() else "there is no such folder",
+            f"name a folder of images ({' '.join(SUFFIXES)}), or `heldout` with a run directory",
+            DOCS,
+        )
+    return [_open(path) for path in paths], [path.name for path in paths]
+
+
 def _reconstruct(
     pipeline: "UniComPipeline",
-    source: str,
-    config: "Config | None",
-    limit: int,
+    originals: "Sequence[Image]",
+    labels: Sequence[str],
     settings: "SampleConfig",
     folder: Path,
 ) -> None:
     from unicom_dist.sample.grid import picture_grid
 
-    if source == "heldout" and config is not None:
-        originals, labels = _held_out(config, limit)
-    else:
-        paths = sorted(path for path in Path(source).glob("*") if path.suffix.lower() in SUFFIXES)[:limit]
-        if not paths:
-            raise DataError(
-                f"--reconstruct {source}",
-                "there is no image in this folder" if Path(source).is_dir() else "there is no such folder",
-                f"name a folder of images ({' '.join(SUFFIXES)}), or `heldout` with a run directory",
-                DOCS,
-            )
-        originals, labels = [_open(path) for path in paths], [path.name for path in paths]
     rebuilt = pipeline.reconstruct(
         originals, seeds=settings.seed, decoder_steps=settings.decoder_steps, solver=settings.solver
     )
@@ -137,7 +141,7 @@ def _reconstruct(
     texts = [text for label in labels for text in (label, "reconstructed")]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "reconstructions.png"
-    picture_grid(pairs, texts, columns=min(8, 2 * (1 + (len(labels) > 3)))).save(path)
+    picture_grid(pairs, texts, columns=8 if len(labels) > 3 else 2).save(path)
     say(f"{len(labels)} reconstructions beside their originals: {path}")
 
 

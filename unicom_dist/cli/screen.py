@@ -64,9 +64,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 @contextmanager
-def logged() -> Iterator[None]:
-    """Show what the library logs as plain lines during the block: information on stdout, warnings on stderr."""
-    inform, warn = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+def logged(json_on_stdout: bool = False) -> Iterator[None]:
+    """Show what the library logs during the block: information on stdout unless JSON goes there, else on stderr."""
+    inform = logging.StreamHandler(sys.stderr if json_on_stdout else sys.stdout)
+    warn = logging.StreamHandler(sys.stderr)
     inform.addFilter(lambda record: record.levelno < logging.WARNING)
     inform.setFormatter(logging.Formatter("%(message)s"))
     warn.setLevel(logging.WARNING)
