@@ -1,9 +1,9 @@
 """`unicom latents`: compress the features of a run with its trained compressor into latent tars, and their statistics.
 
-Reads the features beside the images and `run_dir/weights/codec`; writes `run_dir/latents/<set>/name-000000.latent.tar`
-with un-normalised latents [n, d] in float16. Mean and standard deviation of each channel, over the training set, go to
-`run_dir/latents/stats.json` and into the codec's config.json. Runs on Ray actors as features do; so little work that
-Ray's start would take longer is done in this process.
+Reads the features beside the images and the exported codec below `run_dir/weights`; writes un-normalised latents [n, d]
+in float16 as `run_dir/latents/<set>/name-000000.latent.tar`. Mean and standard deviation of each channel over the
+training set go to `run_dir/latents/stats.json` and into the codec's config.json. Runs on Ray actors as features do; so
+little work that Ray's start would take longer is done in this process.
 """
 
 import hashlib
@@ -143,7 +143,9 @@ def run(config: Config) -> list[Manifest]:
     CheckpointError: no usable codec. DataError: no features, features of another encoder than the codec's.
     PreflightError: as for features.
     """
-    codec, target = Path(config.run_dir) / "weights" / "codec", Path(config.run_dir) / "latents"
+    run_dir = Path(config.run_dir)
+    stage = next((stage.name for stage in reversed(config.stages) if stage.kind == "codec"), "codec")
+    codec, target = run_dir / "weights" / stage, run_dir / "latents"
     settings = _codec_config(codec)
     data = Path(config.data.path)
     sets = part_sets(data, SETS, config.encoder.kind, PART, target)

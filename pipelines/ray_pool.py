@@ -72,14 +72,17 @@ def ray_session(resources: Resources) -> Iterator[None]:
     SIGTERM ends the block with `Preempted`. PreflightError: Ray does not start.
     """
     address = os.environ.get("RAY_ADDRESS", "local")
-    # Ray reads this one when it is imported; it is what makes every one of its servers listen on 127.0.0.1 only.
-    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if address == "local" else {}
-    with _environment(MALLOC | loopback | {"RAY_USAGE_STATS_ENABLED": "0"}):
+    with _environment(MALLOC | {"RAY_USAGE_STATS_ENABLED": "0"}):
         import ray
+        from ray._private import ray_constants
 
         if ray.is_initialized():
             yield
             return
+        if address == "local":
+            # Ray's own switch for machines that are no cluster: its servers listen on 127.0.0.1 instead of everywhere.
+            # Its environment variable works only before the first import of ray, which other packages may have done.
+            ray_constants.ENABLE_RAY_CLUSTER = False
         logging.getLogger("ray").setLevel(logging.ERROR)
         local: dict[str, Any] = {
             "num_cpus": resources.workers * resources.threads,

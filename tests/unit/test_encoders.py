@@ -154,7 +154,7 @@ def test_efficientnet_grid_and_size() -> None:
     model = EfficientNetLite2().eval()
     with torch.inference_mode():
         assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 1280, 2, 3)
-    # 6,092,072 published parameters less the classifier (1,281,000); a folded normalisation leaves one bias per channel.
+    # 6,092,072 published parameters less the classifier (1,281,000); folding leaves one bias for two values.
     norms = sum(module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     assert sum(parameter.numel() for parameter in model.parameters()) == 6_092_072 - 1_281_000 - norms
 
@@ -229,7 +229,7 @@ def test_resnet50_equals_the_unfolded_graph(tmp_path: Path) -> None:
 
 
 def test_resnet50_refuses_a_folder_without_its_weights(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no model.safetensors"):
+    with pytest.raises(ConfigError, match=r"no model\.safetensors"):
         load_resnet50(tmp_path)
     save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="does not hold ResNet50 weights"):

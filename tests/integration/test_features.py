@@ -1,0 +1,310 @@
+"""The feature job on Ray: joined by key, resumable, whole shards only, killed workers. About 40 s; one Ray."""
+
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import features, ingest, latents, parts
+from pipelines.ray_pool import ActorPool, Resources, ray_session
+from unicom_dist.config.errors import ConfigError, DataError, PreflightError
+from unicom_dist.config.schema import Config
+from unicom_dist.data.manifest import Manifest
+from unicom_dist.data.npy import read_npy, to_tensor
+from unicom_dist.data.shardset import ShardSet
+from unicom_dist.data.tar import Shard, ShardWriter
+from unicom_dist.models.encoders import build_encoder, encoder_fingerprint
+from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
+from unicom_dist.testing.tiny_run import write_tiny_weights
+
+SHARE = Resources(workers=2, threads=1)
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    with ray_session(SHARE):
+        from ray import cloudpickle
+
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import a test module
+        yield
+
+
+def make_config(folder: Path) -> Config:
+    return tiny_config(folder, features={"workers": 2}, data={"max_bad_fraction": 0.3})
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ingested pictures."""
+    folder = tmp_path_factory.mktemp("images")
+    write_tiny_assets(folder, pictures=24)
+    ingest.run(make_config(folder), workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(session: None, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ingested pictures and their features."""
+    folder = tmp_path_factory.mktemp("encoded") / "copy"
+    shutil.copytree(images, folder)
+    features.run(make_config(folder))
+    return folder
+
+
+@pytest.fixture
+def config(images: Path, tmp_path: Path) -> Config:
+    """Pictures without features, in a folder of the test's own."""
+    shutil.copytree(images, tmp_path / "copy")
+    return make_config(tmp_path / "copy")
+
+
+@pytest.fixture
+def done(encoded: Path, tmp_path: Path) -> Config:
+    """Pictures with features, in a folder of the test's own."""
+    shutil.copytree(encoded, tmp_path / "copy")
+    return make_config(tmp_path / "copy")
+
+
+def tars(config: Config) -> list[Path]:
+    return sorted(Path(config.data.path).rglob("*.random.tar"))
+
+
+def bytes_of(config: Config) -> dict[str, bytes]:
+    return {path.name + path.parent.name: path.read_bytes() for path in tars(config)}
+
+
+def test_features_are_the_encoders_and_joined_by_key(done: Config) -> None:
+    config = done
+    encoder = build_encoder(config.encoder)
+    expected = {"random": encoder_fingerprint(config.encoder)}
+    total = 0
+    for name in ("train", "heldout"):
+        folder = Path(config.data.path) / name
+        joined = ShardSet(folder, {"random": folder}, expect_fingerprint=expected)
+        total += len(joined)
+        for number in range(len(joined)):
+            sample = joined[number]
+            stored = read_npy(sample.parts["random"]["features.npy"], sample.key)
+            image = Image.open(io.BytesIO(bytes(sample.parts[""]["webp"])))
+            encoded = encoder.encode([encoder.preprocess(image)])[0]
+            assert bytes(sample.parts["random"]["json"]) == b'{"grid": [4, 4]}'
+            np.testing.assert_array_equal(stored, encoded.features.astype(np.float16))
+    assert total == 24
+    assert features.verify(config) == []
+    assert [(row["set"], row["done"] == row["shards"]) for row in features.status(config)] == [
+        ("train", True),
+        ("heldout", True),
+    ]
+
+
+def test_a_second_run_does_nothing_and_a_lost_shard_alone_is_made_again(
+    done: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = done
+    before = bytes_of(config)
+    lost, *others = tars(config)
+    stamps = {path: path.stat().st_mtime_ns for path in others}
+    lost.unlink()
+    lost.with_name(lost.name + ".4711.tmp").write_bytes(b"left by a killed writer")
+    assert sum(row["shards"] - row["done"] for row in features.status(config)) == 1
+    features.run(config)
+    assert bytes_of(config) == before
+    assert {path: path.stat().st_mtime_ns for path in others} == stamps
+    assert not list(Path(config.data.path).rglob("*.tmp"))
+    monkeypatch.setattr(features, "_encode", lambda *_: pytest.fail("nothing was to be done"))
+    features.run(config)
+
+
+def test_an_interrupted_job_continues_after_its_finished_shards(
+    session: None, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[str] = []
+
+    def record_one(ledger: Any, task: Any, *rest: Any) -> None:
+        if recorded:
+            raise KeyboardInterrupt
+        recorded.append(task.name)
+        parts.record(ledger, task, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "record", record_one)
+        with pytest.raises(KeyboardInterrupt):
+            features.run(config)
+    assert sum(row["done"] for row in features.status(config)) == 1
+    assert not list(Path(config.data.path).rglob("manifest.random.json"))
+    finished = Path(config.data.path) / f"{recorded[0]}.random.tar"
+    stamp = finished.stat().st_mtime_ns
+    features.run(config)
+    assert finished.stat().st_mtime_ns == stamp
+    assert features.verify(config) == []
+
+
+def test_features_of_another_encoder_are_refused_and_both_are_named(done: Config) -> None:
+    config = done
+    other = config.model_copy(update={"encoder": config.encoder.model_copy(update={"image_px": 64})})
+    with pytest.raises(DataError) as caught:
+        features.run(other)
+    assert encoder_fingerprint(config.encoder) in caught.value.what
+    assert encoder_fingerprint(other.encoder) in caught.value.what
+
+
+def spoil(config: Config, count: int) -> None:
+    """Rewrite the first training shard with `count` damaged pictures."""
+    folder = Path(config.data.path) / "train"
+    manifest = Manifest.read(folder)
+    shard = Shard(folder / manifest.shards[0].name)
+    samples = [(key, {name: bytes(content) for name, content in shard[i].items()}) for i, key in enumerate(shard.keys)]
+    with ShardWriter(folder / manifest.shards[0].name) as writer:
+        for number, (key, members) in enumerate(samples):
+            writer.write(key, members | ({"webp": b"damaged"} if number < count else {}))
+    manifest.shards[0] = writer.entry
+    manifest.write(folder)
+
+
+def test_damaged_pictures_are_left_out_and_named(done: Config) -> None:
+    config = done
+    spoil(config, 2)
+    train = features.run(config)[0]
+    keys = Shard(Path(config.data.path) / "train" / "pictures-000000.tar").keys
+    assert set(train.skipped) == set(keys[:2])
+    assert features.verify(config) == []
+    strict = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 0.01})})
+    with pytest.raises(DataError, match="2 of 24 images could not be encoded"):
+        features.run(strict)
+
+
+def test_verify_finds_changed_bytes(done: Config) -> None:
+    config = done
+    path = tars(config)[0]
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    assert any("differ from the manifest" in problem for problem in features.verify(config))
+
+
+def test_no_space_no_permission_and_no_images_are_said_before_ray_starts(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(features, "_encode", lambda *_: pytest.fail("started"))
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+        with pytest.raises(PreflightError, match="GB free"):
+            features.run(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.Path, "touch", _refuse)
+        with pytest.raises(PreflightError, match="cannot write"):
+            features.run(config)
+    empty = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "none")})})
+    with pytest.raises(DataError, match="no shard set"):
+        features.run(empty)
+    wrong = config.model_copy(update={"encoder": config.encoder.model_copy(update={"kind": "siglip2", "path": "."})})
+    with pytest.raises(ConfigError, match=r"encoder\.path"):
+        features.run(wrong)
+
+
+def _refuse(self: Path, *_: Any, **__: Any) -> None:
+    raise OSError(30, "Read-only file system", str(self))
+
+
+def test_latents_on_ray_equal_latents_in_this_process(done: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = done
+    write_tiny_weights(config)
+    latents.run(config)
+    folder = Path(config.run_dir) / "latents"
+    here = {path.name: path.read_bytes() for path in folder.rglob("*.latent.tar")}
+    stats = (folder / "stats.json").read_bytes()
+    for path in folder.rglob("*.latent.tar"):
+        path.unlink()
+    monkeypatch.setattr(latents, "IMAGES_PER_WORKER", 1)
+    latents.run(config)
+    assert {path.name: path.read_bytes() for path in folder.rglob("*.latent.tar")} == here
+    assert (folder / "stats.json").read_bytes() == stats
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    folder: str
+    kills: int = 0
+    error: str = ""
+
+
+class Worker:
+    """Writes one shard per task; dies or fails in the middle as often as the task says."""
+
+    def process(self, task: Task, count: Callable[[int], None]) -> int:
+        with ShardWriter(Path(task.folder) / f"{task.name}.tar") as writer:
+            writer.write("first", {"txt": b"x"})
+            marks = Path(task.folder) / f"{task.name}.killed"
+            killed = len(marks.read_text()) if marks.exists() else 0
+            if killed < task.kills:
+                marks.write_text("x" * (killed + 1))
+                os.kill(os.getpid(), 9)
+            if task.error == "data":
+                raise DataError("what", "why", "remedy")
+            if task.error:
+                raise RuntimeError(task.error)
+            writer.write("second", {"txt": b"y"})
+        return len(writer)
+
+
+def run(tasks: list[Task]) -> dict[str, int]:
+    with ActorPool(Worker, SHARE) as pool:
+        return {task.name: result for task, result in pool.run(tasks, lambda _: None)}
+
+
+def test_a_killed_worker_is_replaced_and_its_shard_made_whole(session: None, tmp_path: Path) -> None:
+    tasks = [Task("a", str(tmp_path)), Task("b", str(tmp_path), kills=2), Task("c", str(tmp_path), kills=1)]
+    assert run(tasks) == {"a": 2, "b": 2, "c": 2}
+    for name in "abc":
+        assert Shard(tmp_path / f"{name}.tar").keys == ["first", "second"]
+
+
+def test_a_shard_that_always_kills_its_worker_ends_the_job(session: None, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="b: its worker was killed 3 times"):
+        run([Task("b", str(tmp_path), kills=99)])
+    assert not (tmp_path / "b.tar").exists()
+
+
+def test_errors_of_workers_reach_the_user_as_they_are(session: None, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        run([Task("a", str(tmp_path), error="data")])
+    assert (caught.value.what, caught.value.why, caught.value.remedy) == ("what", "why", "remedy")
+    with pytest.raises(DataError, match="a could not be made") as caught:
+        run([Task("a", str(tmp_path), error="broken pipe of thoughts")])
+    assert "broken pipe of thoughts" in caught.value.why
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_ray_listens_on_the_loopback_address_only(session: None) -> None:
+    import psutil
+
+    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = [
+        connection.laddr.ip
+        for process in ours
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening, "Ray's own servers should be found"
+    assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_stored_precisions_round_trip_and_refuse_what_is_not_finite(dtype: str) -> None:
+    values = np.array([[0.5, -3.25], [1e-3, 2.0]], np.float32)
+    stored = features.store_as(values, dtype)
+    assert stored is not None
+    expected = torch.from_numpy(values).to(getattr(torch, dtype))
+    torch.testing.assert_close(to_tensor(stored), expected, rtol=0, atol=0)
+    assert features.store_as(np.array([[np.nan]], np.float32), dtype) is None
+    assert (features.store_as(np.array([[1e6]], np.float32), dtype) is None) == (dtype == "float16")
