@@ -10,7 +10,7 @@ from PIL import Image
 from unicom_dist.config.errors import DataError
 from unicom_dist.data import decode
 from unicom_dist.data.decode import TargetCache, decode_image, to_square
-from unicom_dist.data.npy import read_npy, to_tensor, write_npy
+from unicom_dist.data.npy import gather, read_npy, to_tensor, write_npy
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -107,3 +107,25 @@ def write_npy_fortran() -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.asfortranarray(np.arange(6).reshape(2, 3)))
     return buffer.getvalue()
+
+
+def test_arrays_are_gathered_end_to_end() -> None:
+    arrays = [np.random.default_rng(n).standard_normal((n + 1, 3)).astype(np.float16) for n in range(4)]
+    contents = [memoryview(write_npy(array)) for array in arrays]
+    gathered = gather(contents, str)
+    assert gathered.dtype == torch.float16
+    assert np.array_equal(gathered.numpy(), np.concatenate(arrays))
+    assert gather([], str).shape[0] == 0
+    halves = torch.randn(3, 2).bfloat16()
+    stored = memoryview(write_npy(halves.view(torch.int16).numpy().view("V2")))
+    assert torch.equal(gather([stored, stored], str), torch.cat([halves, halves]))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [write_npy(np.zeros((2, 4))), write_npy(np.zeros((2, 3), np.float32)), write_npy(np.zeros((2, 3)))[:-1], b"", b"x"],
+)
+def test_an_array_that_does_not_go_with_the_others_is_named(other: bytes) -> None:
+    good = memoryview(write_npy(np.zeros((2, 3))))
+    with pytest.raises(DataError, match="sample 1: the array cannot be read"):
+        gather([good, memoryview(other), good], lambda n: f"sample {n}")

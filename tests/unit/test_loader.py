@@ -353,6 +353,6 @@ def test_values_that_are_not_finite_end_the_run_by_name(tmp_path: Path) -> None:
     vocabulary = build_vocabulary(config)
     with (
         prior(config, vocabulary, mixture={"text_to_image": 1.0}, batch=16) as loader,
-        pytest.raises(DataError, match="'train-0003': features or latents hold values that are not finite"),
+        pytest.raises(DataError, match="'train-0003': the 'latent' part holds values that are not finite"),
     ):
         loader.next_step()

@@ -120,6 +120,14 @@ def test_an_index_of_another_file_is_not_believed(tmp_path: Path) -> None:
     assert Shard(path).keys == ["new"]
 
 
+def test_the_index_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write(path, {"k": {"json": b"{}"}})
+    index_path(path).write_bytes(bytes(16))
+    assert Shard(path).keys == ["k"]
+    assert index_path(path).read_bytes() == bytes(16)
+
+
 def test_an_empty_file_and_a_missing_one_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"empty \(0 bytes\)"):

@@ -1,6 +1,6 @@
 """Arrays inside shards: `.npy` members read without copying and without ever unpickling.
 
-Headers repeat from sample to sample, so a parsed one is remembered. bfloat16 has no name in the format; it is stored as
+Headers repeat from sample to sample, so parsed ones are remembered. bfloat16 has no name in the format; it is stored as
 two-byte records (`V2`) and comes back as a torch tensor of that type through `to_tensor`.
 """
 
@@ -8,6 +8,7 @@ import ast
 import functools
 import io
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,23 +18,41 @@ from torch import Tensor
 from unicom_dist.config.errors import DataError
 
 _MAGIC = b"\x93NUMPY"
+_DAMAGED = (ValueError, TypeError, KeyError, SyntaxError, IndexError)
+_USUAL_HEADER = 128  # numpy pads headers to a multiple of 64 bytes; those of plain arrays take 128
+_Header = tuple[np.dtype[np.generic], tuple[int, ...], int, int]  # type, shape, start of the data, bytes of a row
 
 
 def read_npy(content: memoryview, name: str) -> NDArray[np.generic]:
     """A read-only view of the array in `content`. DataError, naming `name`: damaged, or holds Python objects."""
     try:
-        if bytes(content[:6]) != _MAGIC:
-            raise ValueError("not a .npy file")
-        start = 10 if content[6] == 1 else 12
-        end = start + int.from_bytes(content[8:start], "little")
-        dtype, shape, count = _parse(bytes(content[start:end]))
-        return np.frombuffer(content, dtype, count, end).reshape(shape)
-    except (ValueError, TypeError, KeyError, SyntaxError, IndexError) as error:
-        raise DataError(f"{name}: the array cannot be read", str(error), "compute this part again") from error
+        dtype, shape, start, _ = _header(bytes(content[:_USUAL_HEADER])) or _long_header(content)
+        return np.ndarray(shape, dtype, content, start)
+    except _DAMAGED as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, why: object) -> DataError:
+    return DataError(f"{name}: the array cannot be read", str(why), "compute this part again")
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse(header: bytes) -> tuple[np.dtype[np.generic], tuple[int, ...], int]:
+def _header(head: bytes) -> _Header | None:
+    """What the first 128 bytes say, or None if the header is longer."""
+    if head[:6] != _MAGIC:
+        raise ValueError("not a .npy file")
+    start = 10 if head[6] == 1 else 12
+    end = start + int.from_bytes(head[8:start], "little")
+    return _parse(head[start:end], end) if end <= len(head) else None
+
+
+def _long_header(content: memoryview) -> _Header:
+    start = 10 if content[6] == 1 else 12
+    end = start + int.from_bytes(content[8:start], "little")
+    return _parse(bytes(content[start:end]), end)
+
+
+def _parse(header: bytes, end: int) -> _Header:
     fields = ast.literal_eval(header.decode("latin-1").strip())
     dtype = np.dtype(fields["descr"])
     if dtype.hasobject:
@@ -41,7 +60,7 @@ def _parse(header: bytes) -> tuple[np.dtype[np.generic], tuple[int, ...], int]:
     if fields["fortran_order"]:
         raise ValueError("it is stored in column order")
     shape = tuple(int(side) for side in fields["shape"])
-    return dtype, shape, math.prod(shape)
+    return dtype, shape, end, dtype.itemsize * math.prod(shape[1:])
 
 
 def write_npy(array: NDArray[np.generic]) -> bytes:
@@ -51,8 +70,44 @@ def write_npy(array: NDArray[np.generic]) -> bytes:
     return buffer.getvalue()
 
 
+def gather(contents: Sequence[memoryview], name_of: Callable[[int], str]) -> Tensor:
+    """Arrays [n_i, C] of one type end to end, [sum n_i, C] in the stored precision: one copy, out of the map.
+
+    DataError, with `name_of(i)`: damaged, or of another type or number of channels than the one before.
+    """
+    buffer = np.empty(sum(map(len, contents)), np.uint8)  # a little too large: the headers are left out
+    target, used = buffer.data, 0
+    first: _Header | None = None
+    for number, content in enumerate(contents):
+        try:
+            header = _header(bytes(content[:_USUAL_HEADER])) or _long_header(content)
+            if header is not first:
+                first = _check_like(header, first)
+            _, shape, start, row = header
+            end = used + shape[0] * row
+            target[used:end] = content[start : start + end - used]
+        except _DAMAGED as error:
+            raise _unreadable(name_of(number), error) from error
+        used = end
+    if first is None:
+        return torch.zeros(0, 0)
+    return _tensor(buffer[:used].view(first[0]).reshape(-1, *first[1][1:]))
+
+
+def _check_like(header: _Header, first: _Header | None) -> _Header:
+    """The header if its array can follow that of `first`."""
+    dtype, shape, *_ = header
+    if len(shape) != 2 or (first is not None and (dtype, shape[1]) != (first[0], first[1][1])):
+        raise ValueError(f"{dtype} {list(shape)}" + (f" does not go with {first[0]} {list(first[1])}" if first else ""))
+    return header
+
+
 def to_tensor(array: NDArray[np.generic]) -> Tensor:
     """A float tensor that owns its memory, in the stored precision."""
+    return _tensor(array.copy())
+
+
+def _tensor(array: NDArray[np.generic]) -> Tensor:
     if array.dtype == np.dtype("V2"):
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+import torch
+from torch import Tensor
+
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.codec_loader import check_identity, share
 from unicom_dist.data.mixture import MixtureSchedule
-from unicom_dist.data.npy import read_npy, to_tensor
+from unicom_dist.data.npy import gather
 from unicom_dist.data.order import Order, generator_of, key_of
 from unicom_dist.data.packing import Packer
 from unicom_dist.data.pairs import captions_of, document, feature_channels, grid_of, open_set
@@ -87,29 +90,38 @@ class _Reader:
 
     def read(self, rows: Sequence[Planned], fixed_t: float | None = None) -> PackedBatch:
         """The arrays, noise and times of planned samples, end to end. DataError on values that are not finite."""
-        contents = [self._content(planned, fixed_t) for planned in rows]
+        contents = [Content(self.pairs.key(planned.number), planned.layout) for planned in rows]
+        seen = [n for n, planned in enumerate(rows) if planned.task == "image_to_text"]
+        for n, features in zip(seen, self._arrays(rows, seen, self._part, "features.npy"), strict=True):
+            contents[n].image = features
+        drawn = [n for n, planned in enumerate(rows) if planned.task == "text_to_image"]
+        for n, latents in zip(drawn, self._arrays(rows, drawn, "latent", "latent.npy"), strict=True):
+            content = contents[n]
+            generator = generator_of(self._config.seed, self._stage, content.key, rows[n].visit)
+            t = sample_t(self._config.prior, 1, generator)
+            content.t = float(t[0]) if fixed_t is None else fixed_t
+            content.image = self._stats.normalise(latents.float())
+            content.noise = torch.empty(latents.shape).normal_(generator=generator)
         return collate(contents, self._latent_channels, self._feature_channels)
 
-    def _content(self, planned: Planned, fixed_t: float | None) -> Content:
-        sample = self.pairs[planned.number]
-        content = Content(sample.key, planned.layout)
-        if planned.task == "image_to_text":
-            content.image = to_tensor(read_npy(sample.parts[self._part]["features.npy"], sample.key))
-        elif planned.task == "text_to_image":
-            stored = to_tensor(read_npy(sample.parts["latent"]["latent.npy"], sample.key))
-            content.image = self._stats.normalise(stored.float())
-            generator = generator_of(self._config.seed, self._stage, sample.key, planned.visit)
-            drawn = sample_t(self._config.prior, 1, generator)
-            content.t = float(drawn[0]) if fixed_t is None else fixed_t
-            content.noise = content.image.new_empty(content.image.shape).normal_(generator=generator)
-        if content.image is not None and not content.image.isfinite().all():
+    def _arrays(self, rows: Sequence[Planned], which: list[int], part: str, extension: str) -> Sequence[Tensor]:
+        """The stored array of each of the samples `which`, [n, C]: views of one tensor that is filled in one copy."""
+        if not which:
+            return []
+        (contents,) = self.pairs.columns([rows[n].number for n in which], extension, part=part)
+        arrays = gather(contents, lambda n: self.pairs.key(rows[which[n]].number))
+        split = torch.split(arrays, [len(rows[n].layout.image_index) for n in which])
+        if not arrays.isfinite().all():
+            key = next(
+                self.pairs.key(rows[n].number) for n, a in zip(which, split, strict=True) if not a.isfinite().all()
+            )
             raise DataError(
-                f"sample {sample.key!r}: features or latents hold values that are not finite",
+                f"sample {key!r}: the {part!r} part holds values that are not finite",
                 "one of them would end the run with a loss that is not a number",
                 "run `unicom data check`, then compute the damaged shard again",
                 "docs/data.md",
             )
-        return content
+        return split
 
 
 class PriorLoader(StepLoader[PackedBatch]):

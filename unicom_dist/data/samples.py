@@ -127,7 +127,7 @@ class Content:
 
 
 def collate(contents: Sequence[Content], latent_channels: int, feature_channels: int) -> PackedBatch:
-    """Samples end to end on one axis, as float32. The last axes are d and D even if there is no such image."""
+    """Samples end to end on one axis. The last axes are d and D even if there is no such image."""
     layouts = [content.layout for content in contents]
     starts = np.cumsum([0, *(layout.length for layout in layouts)])[:-1]
 
@@ -168,7 +168,7 @@ def collate(contents: Sequence[Content], latent_channels: int, feature_channels:
 def _rows(tensors: Sequence[Tensor | None], channels: int) -> Tensor:
     if not tensors:
         return torch.zeros(0, channels)
-    return torch.cat([tensor for tensor in tensors if tensor is not None]).float()
+    return torch.cat([tensor for tensor in tensors if tensor is not None])
 
 
 @functools.lru_cache(maxsize=1024)

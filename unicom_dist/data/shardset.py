@@ -9,7 +9,7 @@ Shards are opened when first needed, so that opening a set costs one manifest pe
 import bisect
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.tar import Shard
 
 _DOCS = "docs/data.md"
-_OPEN_SHARDS = 256  # memory maps kept, oldest use closed first
+_OPEN_SHARDS = 1024  # memory maps kept, the one opened first is closed first
 
 
 class Sample(NamedTuple):
@@ -77,24 +77,48 @@ class ShardSet:
         for part, (other, rows) in joined.parts.items():
             other_row = row if rows is None else rows[row]
             if other_row < 0:
-                raise DataError(
-                    f"{self.manifest.shards[shard].name}: sample {key!r} has no {part!r} part",
-                    "it was left out when the part was computed",
-                    f"see `skipped` in {Manifest.file(self.parts[part], part).name}",
-                    _DOCS,
-                )
+                raise self._left_out(shard, key, part)
             members[part] = other[other_row]
         return Sample(key, members)
+
+    def columns(self, numbers: Iterable[int], *extensions: str, part: str = "") -> list[list[memoryview]]:
+        """The members of some samples, a list per extension; faster than `self[number]`. DataError: one is missing."""
+        columns: list[list[memoryview]] = [[] for _ in extensions]
+        wanted = list(zip(columns, extensions, strict=True))
+        starts, opened, last = self._starts, self._open, len(self) - 1
+        for number in numbers:
+            if not 0 <= number <= last:
+                raise IndexError(number)
+            shard = bisect.bisect_right(starts, number) - 1
+            row = number - starts[shard]
+            source, parts = opened.get(shard) or self._joined(shard)
+            if part:
+                base, (source, rows) = source, parts[part]
+                if rows is not None:
+                    if rows[row] < 0:
+                        raise self._left_out(shard, base.keys[row], part)
+                    row = rows[row]
+            for column, extension in wanted:
+                column.append(source.member(row, extension))
+        return columns
 
     def key(self, number: int) -> str:
         """Key of a sample."""
         shard, row = self._locate(number)
         return self._joined(shard).base.keys[row]
 
+    def _left_out(self, shard: int, key: str, part: str) -> DataError:
+        return DataError(
+            f"{self.manifest.shards[shard].name}: sample {key!r} has no {part!r} part",
+            "it was left out when the part was computed",
+            f"see `skipped` in {Manifest.file(self.parts[part], part).name}",
+            _DOCS,
+        )
+
     def _locate(self, number: int) -> tuple[int, int]:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
         shard = bisect.bisect_right(self._starts, number) - 1
+        if not 0 <= shard < len(self._starts) - 1:
+            raise IndexError(number)
         return shard, number - self._starts[shard]
 
     def _joined(self, number: int) -> _Joined:
@@ -103,8 +127,6 @@ class ShardSet:
             joined = self._open[number] = self._open_shard(number)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
-        else:
-            self._open.move_to_end(number)
         return joined
 
     def _open_shard(self, number: int) -> _Joined:

@@ -22,6 +22,8 @@ from unicom_dist.data.tarscan import BLOCK, Index, scan
 
 INDEX_FORMAT = "unicom-tar-index/1"
 Buffer = bytes | bytearray | memoryview
+_REMAKE = "remove the file and run the command that wrote it again"
+_NOWHERE: tuple[list[int], list[int]] = ([], [])
 
 
 class ShardEntry(NamedTuple):
@@ -197,6 +199,15 @@ def _write_index(path: Path, size: int, keys: list[str], members: dict[str, tupl
     replace_file(index_path(path), json.dumps(content, separators=(",", ":")).encode())
 
 
+def _foreign(path: Path) -> bool:
+    """Whether another program keeps its own index under this name (energon does, in binary); it is left alone."""
+    try:
+        with path.open("rb") as file:
+            return file.read(1) not in (b"", b"{")
+    except OSError:
+        return False
+
+
 class Shard:
     """Random access to the samples of one shard. `shard[i]` is {extension: memoryview}, without copying.
 
@@ -217,8 +228,9 @@ class Shard:
         index = self._read_index(size)
         if index is None:
             index = scan(self.path, self._view)
-            with contextlib.suppress(UnicomError):  # a read-only data folder: the index is a cache
-                _write_index(self.path, size, index[0], index[1])
+            if not _foreign(index_path(self.path)):
+                with contextlib.suppress(UnicomError):  # a read-only data folder: the index is a cache
+                    _write_index(self.path, size, index[0], index[1])
         self.keys, self._members = index
 
     def __len__(self) -> int:
@@ -234,10 +246,11 @@ class Shard:
 
     def member(self, number: int, extension: str) -> memoryview:
         """The content of one member. DataError if the sample has none with this extension."""
-        offsets, sizes = self._members.get(extension, ((), ()))
-        if not sizes or sizes[number] < 0:
+        offsets, sizes = self._members.get(extension, _NOWHERE)
+        start, size = (offsets[number], sizes[number]) if sizes else (0, -1)
+        if size < 0:
             raise DataError(f"{self.path.name}: sample {self.keys[number]!r} has no .{extension} member", "", _REMAKE)
-        return self._view[offsets[number] : offsets[number] + sizes[number]]
+        return self._view[start : start + size]
 
     def _read_index(self, size: int) -> Index | None:
         """The side index, or None if there is none that fits this file."""
@@ -258,6 +271,3 @@ class Shard:
             return keys, members
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-
-
-_REMAKE = "remove the file and run the command that wrote it again"
