@@ -30,9 +30,12 @@ def tiny_run(folder: Path, **overrides: Any) -> Config:
 
 def write_stats(config: Config) -> None:
     """In place of the latents stage: the latents are there already, only their statistics are not."""
+    path = Path(config.run_dir) / "latents" / "stats.json"
+    if path.exists():
+        return
     channels = config.codec.compressor.channels
     stats = LatentStats(torch.zeros(channels), torch.ones(channels))
-    (Path(config.run_dir) / "latents" / "stats.json").write_text(json.dumps(stats.to_json()))
+    path.write_text(json.dumps(stats.to_json()))
 
 
 def losses(config: Config, stage: str) -> dict[int, float]:
@@ -42,8 +45,3 @@ def losses(config: Config, stage: str) -> dict[int, float]:
         for record in read_metrics(config.run_dir)
         if record.stage == stage and record.kind == "train"
     }
-
-
-def only(config: Config, *names: str) -> list[dict[str, Any]]:
-    """Overrides that keep only the named stages."""
-    return [stage.model_dump(mode="json") for stage in config.stages if stage.name in names]
