@@ -79,6 +79,8 @@ class Gallery:
 def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> list[Image.Image]:
     """A picture for each pair's caption as the recipe's `sample` section says, on the grid of the pair's features."""
     sample = config.sample
+    # A fresh flow head is zero: the velocity is 0 everywhere and one step ends where any number of steps would.
+    steps = sample.steps if any(weight.any() for weight in pipeline.prior.model.flow_head.out.parameters()) else 1
     pictures: dict[int, Image.Image] = {}
     seeds = {number: sample.seed + number for number in range(len(pairs))}
     for grid in {pair.grid for pair in pairs}:
@@ -86,7 +88,7 @@ def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> lis
         drawn = pipeline(
             [pairs[number].caption for number in chosen],
             [seeds[number] for number in chosen],
-            sample.steps,
+            steps,
             sample.guidance,
             sample.solver,
             sample.decoder_steps,
