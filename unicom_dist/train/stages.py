@@ -24,6 +24,7 @@ from unicom_dist.data.prefetch import StepLoader
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import Codec, CodecBatch, LatentStats
 from unicom_dist.models.encoders import encoder_fingerprint
+from unicom_dist.models.published import load_published
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.objective.perceptual import Lpips
@@ -148,6 +149,9 @@ class PriorTask(Task[PackedBatch]):
     def build(self) -> nn.Module:
         channels = self._stats.mean.shape[0]
         module = Transfusion(self.config.prior, self._vocabulary.size, channels, self._channels, self.config.seed)
+        first = next(stage.name for stage in self.config.stages if stage.kind == "prior")
+        if self.config.prior.init_from and self.stage.name == first:  # later stages continue the one before
+            load_published(module.backbone, self.config.prior, self._vocabulary.source_ids)
         module.train_only(self.stage.trainable)
         return module
 

@@ -115,7 +115,7 @@ class EfficientNetLite2(nn.Module):
         return features
 
     def pyramid(self, images: Tensor) -> Tensor:
-        """[B, 1280, H/32, W/32] like `forward`, from four depths (`PYRAMID`), each layer-normalised over its channels."""
+        """[B, 1280, H/32, W/32] like `forward`, from four depths (`PYRAMID`), each layer-normalised."""
         rows, columns = images.shape[-2] // STRIDE, images.shape[-1] // STRIDE
         cells = dict(PYRAMID)
         maps = {}
