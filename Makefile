@@ -39,10 +39,11 @@ help:
 	@echo "make install      only .venv with the package and its test tools (PYTHON=python3.11 chooses the Python)"
 
 install: $(STAMP)
+	@echo "== .venv: $$($(BIN)/python --version)"
 
 $(STAMP): setup.cfg pyproject.toml
-	@if [ -z "$(PYTHON)" ]; then \
-	  echo "no Python 3.11 or 3.12 found (python3 is $$(python3 --version 2>&1))"; \
+	@if ! command -v "$(PYTHON)" >/dev/null; then \
+	  echo "no Python 3.11 or 3.12 found$(if $(PYTHON),: there is no $(PYTHON)) (python3 is $$(python3 --version 2>&1))"; \
 	  echo "  fix:  install one, or name it: make install PYTHON=/path/to/python3.12"; exit 3; fi
 	@$(PYTHON) -c '$(SUPPORTED)' || { \
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), and only Python 3.11 and 3.12 are supported"; \

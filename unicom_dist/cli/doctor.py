@@ -37,7 +37,7 @@ def doctor(
     missing = [check for check in checks if check.state == "missing"]
     if missing:
         raise PreflightError(
-            f"{len(missing)} needed things are missing: {', '.join(check.name for check in missing)}",
+            "missing: " + ", ".join(check.name for check in missing),
             "training would stop there",
             missing[0].remedy,
             "docs/getting-started.md",
