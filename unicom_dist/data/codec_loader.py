@@ -17,7 +17,7 @@ from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.decode import TargetCache
 from unicom_dist.data.npy import read_npy, to_tensor
 from unicom_dist.data.order import Order, generator_of
-from unicom_dist.data.pairs import feature_channels, grid_of, image_of, open_set
+from unicom_dist.data.pairs import feature_channels, grid_of, image_of, open_set, spread
 from unicom_dist.data.prefetch import BadSamples, State, StepLoader
 from unicom_dist.data.samples import grid_positions
 from unicom_dist.data.shardset import ShardSet
@@ -48,7 +48,7 @@ class _Reader:
         samples = [(*self._readable(number), visit) for number, visit in draws]
         size, longest = len(samples), max(len(features) for _, _, features, _, _ in samples)
         images = np.empty((size, 3, px, px), np.float32)
-        features = torch.zeros(size, longest, self._feature_channels)
+        features = torch.zeros(size, longest, self._feature_channels, dtype=samples[0][2].dtype)
         mask = torch.zeros(size, longest, dtype=torch.bool)
         grid = torch.zeros(size, longest, 2, dtype=torch.long)
         noise, latent_noise = torch.empty(size, 3, px, px), torch.zeros(size, longest, d)
@@ -139,12 +139,12 @@ class CodecLoader(StepLoader[CodecBatch]):
 
 
 def heldout_codec_batches(config: Config, t: float, limit: int, batch: int = 32) -> Iterator[CodecBatch]:
-    """The first `limit` held-out samples in batches, all at time `t`, with noise that depends on their keys only."""
+    """`limit` held-out samples, evenly apart, in batches at time `t`, with noise that depends on their keys only."""
     pairs = open_set(config, "heldout")
     reader = _Reader(config, [pairs], "heldout", feature_channels(pairs, config.encoder.kind))
-    count = min(limit, len(pairs))
-    for first in range(0, count, batch):
-        yield reader.batch([(number, 0) for number in range(first, min(first + batch, count))], fixed_t=t)
+    numbers = spread(limit, len(pairs))
+    for first in range(0, len(numbers), batch):
+        yield reader.batch([(number, 0) for number in numbers[first : first + batch]], fixed_t=t)
 
 
 def share(batch: int, dp_size: int, micro_batches: int) -> int:

@@ -109,3 +109,9 @@ def _json(members: Mapping[str, memoryview], key: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"sample {key!r}: the .json member is not an object")
     return content
+
+
+def spread(limit: int, total: int) -> list[int]:
+    """At most `limit` of `total` sample numbers, evenly apart: neighbours in key order are often of one kind."""
+    count = min(limit, total)
+    return [number * total // count for number in range(count)]

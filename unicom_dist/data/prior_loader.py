@@ -20,7 +20,7 @@ from unicom_dist.data.mixture import MixtureSchedule
 from unicom_dist.data.npy import gather
 from unicom_dist.data.order import Order, generator_of, key_of
 from unicom_dist.data.packing import Packer
-from unicom_dist.data.pairs import captions_of, document, feature_channels, grid_of, open_set
+from unicom_dist.data.pairs import captions_of, document, feature_channels, grid_of, open_set, spread
 from unicom_dist.data.prefetch import BadSamples, State, StepLoader
 from unicom_dist.data.samples import Content, Layout, Layouts, Task, collate
 from unicom_dist.data.shardset import ShardSet
@@ -226,10 +226,10 @@ def heldout_prior_batches(
     tasks: Sequence[Task] = ("text_to_image", "image_to_text"),
     batch: int = 16,
 ) -> Iterator[PackedBatch]:
-    """The first `limit` held-out pairs as each of `tasks`, all images at time `t`, with noise keyed by the sample."""
+    """`limit` held-out pairs, evenly apart, as each of `tasks`, images at time `t`, noise keyed by the sample."""
     pairs = open_set(config, "heldout", latents="text_to_image" in tasks)
     reader = _Reader(config, pairs, "heldout", vocabulary, stats, _ROWS_AT_ONCE)
-    numbers = range(min(limit, len(pairs)))
+    numbers = spread(limit, len(pairs))
     for first in range(0, len(numbers), batch):
         chosen = numbers[first : first + batch]
         yield reader.read([reader.plan(task, n, n, 0, training=False) for n in chosen for task in tasks], fixed_t=t)
