@@ -60,7 +60,9 @@ def run(checkpoint: str | Path, networks: Networks | None = None) -> list[Row]:
     began = time.perf_counter()
     folder = Path(checkpoint)
     config = load_recipe(folder).config
-    pipeline = UniComPipeline.from_pretrained(folder)
+    # In the precision it was trained in: that is also the one this machine is quick in.
+    dtype = torch.bfloat16 if config.stages[-1].precision == "bfloat16" else torch.float32
+    pipeline = UniComPipeline.from_pretrained(folder, dtype=dtype)
     networks = networks or Networks.load(config, pipeline.device)
     grids = folder / "samples" / "eval"
     try:
@@ -111,7 +113,7 @@ def _prior_losses(
                 continue
             path = find_parts(folder, stage).prior
             assert path is not None
-            yield stage, load_prior(path, pipeline.device)
+            yield stage, load_prior(path, pipeline.device, pipeline.codec.dtype)
 
     with _timed(f"losses of {len(stages)} stages"):
         untrained = untrained_prior(pipeline, config.seed).prior.model
