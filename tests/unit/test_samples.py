@@ -153,7 +153,7 @@ def test_the_vocabulary_file_is_enough_to_rebuild_layouts(layouts: Layouts, tmp_
     path = tmp_path / "vocabulary.json"
     folder = tmp_path / "tokenizer"
     write_tokenizer(folder, ["a red circle"])
-    Vocabulary.trimmed(folder, ["a red circle", "user", "assistant", "\n", INSTRUCTION]).save(path)
+    Vocabulary.trimmed(folder, [["a red circle", "user", "assistant", "\n", INSTRUCTION]]).save(path)
     rebuilt = Layouts(Vocabulary.load(path))
     expected = spelled(layouts, layouts.image_to_text("a red circle", (1, 1)))
     assert spelled(rebuilt, rebuilt.image_to_text("a red circle", (1, 1))) == expected

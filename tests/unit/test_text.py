@@ -28,7 +28,7 @@ def full(folder: Path) -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def trimmed(folder: Path) -> Vocabulary:
-    return Vocabulary.trimmed(folder, CAPTIONS[:2])
+    return Vocabulary.trimmed(folder, [CAPTIONS[:2]])
 
 
 @given(st.text(max_size=40))

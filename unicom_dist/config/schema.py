@@ -141,6 +141,7 @@ class PriorConfig(Section):
     init_from: str = Field("", description="folder of published Qwen2.5 weights; empty = random initialisation")
     tokenizer: str = Field("assets/qwen2.5-tokenizer", description="folder of the Qwen2.5 tokenizer")
     vocabulary: Literal["full", "trimmed"] = Field("full", description="`trimmed` keeps the ids of the training captions and all single bytes")
+    vocabulary_pictures: PositiveInt = Field(1, description="trimmed: a token is kept when the texts of this many pictures use it, else spelled by smaller ones")
     hidden: PositiveInt = Field(896, description="model width")
     layers: PositiveInt = Field(24, description="decoder blocks")
     heads: PositiveInt = Field(14, description="query heads")

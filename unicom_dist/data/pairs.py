@@ -38,15 +38,16 @@ def open_set(
 
 
 def build_vocabulary(config: Config) -> Vocabulary:
-    """The vocabulary `config.prior` asks for; a trimmed one covers every text of the training set."""
+    """The vocabulary `config.prior` asks for; a trimmed one covers the texts of the training set."""
     if config.prior.vocabulary == "full":
         return Vocabulary.full(config.prior.tokenizer)
     pairs = ShardSet(Path(config.data.path) / "train")
-    texts = set(TEMPLATE_TEXTS)
+    least = config.prior.vocabulary_pictures
+    groups = [list(TEMPLATE_TEXTS)] * least
     for number in range(len(pairs)):
         captions = captions_of(pairs[number])
-        texts.update((captions.main, *captions.further, document(captions)))
-    return Vocabulary.trimmed(config.prior.tokenizer, texts)
+        groups.append([captions.main, *captions.further, document(captions)])
+    return Vocabulary.trimmed(config.prior.tokenizer, groups, least)
 
 
 def captions_of(sample: Sample) -> Captions:

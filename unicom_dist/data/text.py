@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -97,13 +98,19 @@ class Vocabulary:
         return cls("full", tokenizer.fast, spec)
 
     @classmethod
-    def trimmed(cls, folder: str | Path, texts: Iterable[str]) -> "Vocabulary":
-        """The tokens of `texts`, all single bytes and the control tokens, in the order of their source ids."""
+    def trimmed(cls, folder: str | Path, groups: Iterable[Iterable[str]], least: int = 1) -> "Vocabulary":
+        """The tokens in the texts of at least `least` groups, all single bytes and the control tokens.
+
+        Rows are in the order of the source ids. A token left out is spelled by smaller ones.
+        """
         tokenizer = Tokenizer(folder)
         model = tokenizer.spec["model"]
         vocabulary: dict[str, int] = model["vocab"]
-        used = {text for encoding in tokenizer.fast.encode_batch(sorted(set(texts))) for text in encoding.tokens}
-        kept = sorted((used & vocabulary.keys()) | set(_BYTE_OF), key=vocabulary.__getitem__)
+        uses = Counter[str]()
+        for texts in groups:
+            uses.update({text for encoding in tokenizer.fast.encode_batch(list(texts)) for text in encoding.tokens})
+        common = {text for text, count in uses.items() if count >= least and text in vocabulary}
+        kept = sorted(common | set(_BYTE_OF), key=vocabulary.__getitem__)
         merges = _merges_to(kept, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]])
         pieces = sorted({a + b for a, b in merges} | set(kept), key=vocabulary.__getitem__)
         small = tokenizer.spec | {
