@@ -62,7 +62,7 @@ def launch(spec: dict[str, Any], run_dir: Path, nproc: int, threads: int) -> Non
     meeting = Path(tempfile.mkdtemp(prefix="unicom-ranks-"))
     ranks: list[subprocess.Popen[bytes]] = []
     try:
-        with _forward_signals(ranks):
+        with _forward_signals(ranks) as asked:
             for rank in range(nproc):
                 error_path(run_dir, rank).unlink(missing_ok=True)
                 ranks.append(_start(rank, nproc, threads, meeting / "rendezvous", log_path(run_dir, rank)))
@@ -71,7 +71,7 @@ def launch(spec: dict[str, Any], run_dir: Path, nproc: int, threads: int) -> Non
                 with suppress(BrokenPipeError):  # it has ended already; its status says why
                     _stdin(process).write(text)
                     _stdin(process).flush()
-            _watch(ranks, run_dir)
+            _watch(ranks, run_dir, asked)
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -107,40 +107,49 @@ def _stdin(process: subprocess.Popen[bytes]) -> IO[bytes]:
 
 
 @contextmanager
-def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the ranks to checkpoint and stop; a second Ctrl-C kills them."""
-    asked = [0]
+def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the ranks to checkpoint and stop; a second Ctrl-C kills them.
+
+    Yields the signals received so far.
+    """
+    asked: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        asked[0] += number == signal.SIGINT
+        asked.append(number)
         for process in ranks:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL if asked[0] > 1 else signal.SIGTERM)
+                process.send_signal(signal.SIGKILL if asked.count(signal.SIGINT) > 1 else signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], run_dir: Path) -> None:
+def _watch(ranks: list[subprocess.Popen[bytes]], run_dir: Path, asked: list[int]) -> None:
+    """Until all ranks have ended; raises unless all ended well."""
     while True:
         codes = [process.poll() for process in ranks]
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, Preempted.exit_code)]
-        if failed:
+        if any(code not in (None, 0, Preempted.exit_code) for code in codes):
             time.sleep(0.2)  # the others often fail in consequence: look once more before naming the cause
             codes = [process.poll() for process in ranks]
             _end(ranks)
+            if asked and all(
+                code in (None, 0, Preempted.exit_code, -signal.SIGTERM, -signal.SIGKILL) for code in codes
+            ):
+                raise Preempted(
+                    "stopped on request",
+                    "the ranks had not begun a step, or Ctrl-C was pressed again: nothing new was written",
+                    "run the same command again: it continues from the last checkpoint",
+                )
             raise _cause(codes, run_dir)
         if all(code is not None for code in codes):
             break
         time.sleep(0.05)
     if Preempted.exit_code in codes:
-        raise Preempted(
-            "stopped on request after writing a checkpoint", "a signal asked for it", "run the same command again"
-        )
+        raise _cause(codes, run_dir)
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -169,10 +178,11 @@ def _cause(codes: list[int | None], run_dir: Path) -> UnicomError:
             )
     records = []
     for rank, code in enumerate(codes):
-        if code not in (None, 0, Preempted.exit_code):
+        if code not in (None, 0):
             with suppress(OSError, ValueError):
                 record = json.loads(error_path(run_dir, rank).read_text(encoding="utf-8"))
-                records.append((record["type"] == "UnicomError", record["time"], record))
+                vague = record["type"] == "UnicomError"  # often only the consequence of another rank's end
+                records.append((vague, record["time"], record))
     if records:
         record = min(records, key=lambda item: item[:2])[2]
         kind = getattr(errors, record["type"], UnicomError)

@@ -2,9 +2,10 @@
 
 Consecutive training stages share one start of the ranks. A stage whose exported weights are those of its last step is
 skipped, and said so; a stage that was stopped continues. The same call is therefore right for the first start and after
-any interruption.
+any interruption. Imports no torch: the ranks import it themselves, and starting them must not wait for it.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -12,8 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from unicom_dist.checkpoint.weights import read_weights_config
-from unicom_dist.config.errors import CheckpointError, ConfigError, Preempted, PreflightError, UnicomError
+from unicom_dist.config.errors import ConfigError, Preempted, PreflightError, UnicomError
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.tracking.status import write_status
 
@@ -90,10 +90,12 @@ def finished(config: Config, stage: StageConfig) -> bool:
     if stage.kind == "latents":
         return False
     try:
-        step = read_weights_config(Path(config.run_dir) / "weights" / stage.name).get("step")
-    except CheckpointError:
+        content = json.loads(
+            (Path(config.run_dir) / "weights" / stage.name / "config.json").read_text(encoding="utf-8")
+        )
+        return int(content["step"]) >= stage.steps
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return isinstance(step, int) and step >= stage.steps
 
 
 def preflight(config: Config) -> None:
