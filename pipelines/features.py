@@ -143,7 +143,10 @@ def run(config: Config) -> list[Manifest]:
             device = f"{share.gpus * share.workers} GPUs" if share.gpus else f"{share.threads} threads each"
             log.info("%s", producer["encoder"])
             log.info("features: %d of %d images to encode, %d workers, %s", left, total, share.workers, device)
-            _encode(config, ledger, todo, share, fingerprint, producer, (total - left, total))
+            try:
+                _encode(config, ledger, todo, share, fingerprint, producer, (total - left, total))
+            finally:
+                remove_leftovers(sets)  # the actors are gone; what they had not finished goes, too
         manifests = [write_manifest(part, ledger, fingerprint, producer) for part in sets]
         _check_bad(config, manifests, total)
     for part, manifest in zip(sets, manifests, strict=True):

@@ -74,7 +74,10 @@ class LatentWorker:
                     if not bool(half.isfinite().all()):
                         skipped[source.keys[i]] = "latents are not finite in float16"
                         continue
-                    members = {"latent.npy": write_npy(half.numpy()), "json": source.member(i, "json")}
+                    members: dict[str, bytes | memoryview] = {
+                        "latent.npy": write_npy(half.numpy()),
+                        "json": source.member(i, "json"),
+                    }
                     writer.write(source.keys[i], members)
                     rows = latents.double()
                     mean = rows.mean(0)
@@ -164,7 +167,10 @@ def run(config: Config) -> list[Manifest]:
         _forget_other_codecs(sets, ledger, fingerprint)
         todo = unfinished(sets, ledger, fingerprint)
         if todo:
-            _compress_all(config, codec, sets, ledger, todo, fingerprint)
+            try:
+                _compress_all(config, codec, sets, ledger, todo, fingerprint)
+            finally:
+                remove_leftovers(sets)
         manifests = [write_manifest(part, ledger, fingerprint, producer) for part in sets]
         stats = _statistics(sets, ledger)
     replace_file(target / "stats.json", (json.dumps(stats.to_json(), indent=1) + "\n").encode())

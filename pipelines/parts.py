@@ -138,7 +138,8 @@ def record(ledger: Ledger, task: ShardTask, result: ShardResult, fingerprint: st
 
 def write_manifest(part: PartSet, ledger: Ledger, fingerprint: str, producer: dict[str, Any]) -> Manifest:
     """The manifest of a finished set, from the ledger; rewritten only if it differs from the one there."""
-    shards, skipped = [], {}
+    shards: list[ShardEntry] = []
+    skipped: dict[str, str] = {}
     for task in part.tasks:
         entry = ledger.done[task.name]
         shards.append(ShardEntry(Path(task.target).name, entry["samples"], entry["bytes"], entry["sha256"]))

@@ -69,7 +69,7 @@ def resources(workers: int, tasks: int, use_gpus: bool = True) -> Resources:
 def ray_session(resources: Resources) -> Iterator[None]:
     """A Ray of this process for the time of the block; one that runs already is used and left running.
 
-    SIGTERM ends the block with `Preempted`. PreflightError: Ray does not start.
+    PreflightError: Ray does not start.
     """
     address = os.environ.get("RAY_ADDRESS", "local")
     with _environment(MALLOC | {"RAY_USAGE_STATS_ENABLED": "0"}):
@@ -104,15 +104,10 @@ def ray_session(resources: Resources) -> Iterator[None]:
                 "`unicom doctor` shows what the machine has; RAY_ADDRESS names a cluster that runs already",
                 "docs/data.md",
             ) from error
-    previous = None
-    if threading.current_thread() is threading.main_thread():
-        previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
     finally:
         ray.shutdown()
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
@@ -125,10 +120,6 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
-
-
-def _terminated(*_: object) -> None:
-    raise Preempted("stopped by SIGTERM", "", "run the command again; finished shards are kept", "docs/data.md")
 
 
 class _Actor:
@@ -156,7 +147,11 @@ class _Actor:
 
 
 class ActorPool:
-    """Runs tasks on actors. Use inside `ray_session`, as a context manager: leaving the block ends the actors."""
+    """Runs tasks on actors. Use inside `ray_session`, as a context manager: leaving the block ends the actors.
+
+    SIGTERM ends `run` with `Preempted`. It is noted and answered between two looks at the actors, because an exception
+    inside Ray's own code comes out as another one.
+    """
 
     def __init__(self, build: Callable[[], Worker], resources: Resources) -> None:
         import ray
@@ -171,6 +166,8 @@ class ActorPool:
         self._running: dict[Any, tuple[Any, Any]] = {}
         self._asked: dict[Any, Any] = {}
         self._counts: dict[Any, int] = {}
+        self._terminated = False
+        self._previous: Any = None
 
     def run(self, tasks: Sequence[Any], on_count: Callable[[int], None]) -> Iterator[tuple[Any, Any]]:
         """(task, result) as they finish. `on_count`: samples done in unfinished tasks, a few times per second.
@@ -181,6 +178,9 @@ class ActorPool:
         waiting = deque(tasks)
         attempts: dict[str, int] = {}
         while waiting or self._running:
+            if self._terminated:
+                remedy = "run the command again; finished shards are kept"
+                raise Preempted("stopped by SIGTERM", "", remedy, "docs/data.md")
             while waiting and len(self._running) < self._resources.workers:
                 actor = self._idle.pop() if self._idle else self._class.remote(self._build)
                 task = waiting.popleft()
@@ -223,10 +223,17 @@ class ActorPool:
                 self._asked[actor] = None
         return sum(self._counts.values())
 
+    def _note_termination(self, *_: object) -> None:
+        self._terminated = True
+
     def __enter__(self) -> "ActorPool":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._note_termination)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
         for actor in [*self._idle, *(actor for actor, _ in self._running.values())]:
             with suppress(Exception):
                 self._ray.kill(actor)

@@ -162,7 +162,7 @@ def _fluent_emoji(folder: Path, languages: list[str]) -> Iterator[Record]:
         with tarfile.open(path) as tar:
             for annotations, language in zip(names, languages, strict=True):
                 try:
-                    member = tar.extractfile(f"package/{kind}/{language}/annotations.json")
+                    content = tar.extractfile(f"package/{kind}/{language}/annotations.json")
                 except KeyError as error:
                     raise ConfigError(
                         f"data.languages: no captions in {language!r}",
@@ -170,7 +170,7 @@ def _fluent_emoji(folder: Path, languages: list[str]) -> Iterator[Record]:
                         "a language such as en, de, fr, zh, ja",
                         DOCS,
                     ) from error
-                annotations |= json.load(member)[kind]["annotations"]  # type: ignore[arg-type]
+                annotations |= json.load(content)[kind]["annotations"]  # type: ignore[arg-type]
     with tarfile.open(archives[0]) as tar:
         for member in tar:
             if not member.name.endswith(".webp"):

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from PIL import Image
 
 from pipelines import features, ingest, latents, parts
 from pipelines.ray_pool import ActorPool, Resources, ray_session
-from unicom_dist.config.errors import ConfigError, DataError, PreflightError
+from unicom_dist.config.errors import ConfigError, DataError, Preempted, PreflightError
 from unicom_dist.config.schema import Config
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import read_npy, to_tensor
@@ -308,3 +309,13 @@ def test_stored_precisions_round_trip_and_refuse_what_is_not_finite(dtype: str) 
     torch.testing.assert_close(to_tensor(stored), expected, rtol=0, atol=0)
     assert features.store_as(np.array([[np.nan]], np.float32), dtype) is None
     assert (features.store_as(np.array([[1e6]], np.float32), dtype) is None) == (dtype == "float16")
+
+
+def test_sigterm_ends_the_job_with_the_exit_code_for_requeueing(session: None, tmp_path: Path) -> None:
+    tasks = [Task(name, str(tmp_path)) for name in "abcdef"]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as caught, ActorPool(Worker, SHARE) as pool:
+        for _ in pool.run(tasks, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
+            pass
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(signal.SIGTERM) == before
