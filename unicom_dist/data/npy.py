@@ -78,14 +78,17 @@ def gather(contents: Sequence[memoryview], name_of: Callable[[int], str]) -> Ten
     buffer = np.empty(sum(map(len, contents)), np.uint8)  # a little too large: the headers are left out
     target, used = buffer.data, 0
     first: _Header | None = None
+    head, start, stop = b"", 0, 0
     for number, content in enumerate(contents):
         try:
-            header = _header(bytes(content[:_USUAL_HEADER])) or _long_header(content)
-            if header is not first:
+            if (other := bytes(content[:_USUAL_HEADER])) != head or stop > len(content):
+                header = _header(other) or _long_header(content)
                 first = _check_like(header, first)
-            _, shape, start, row = header
-            end = used + shape[0] * row
-            target[used:end] = content[start : start + end - used]
+                _, shape, start, row = header
+                stop = start + shape[0] * row
+                head = other if start == _USUAL_HEADER else b""
+            end = used + stop - start
+            target[used:end] = content[start:stop]
         except _DAMAGED as error:
             raise _unreadable(name_of(number), error) from error
         used = end

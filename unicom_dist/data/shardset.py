@@ -84,7 +84,7 @@ class ShardSet:
     def columns(self, numbers: Iterable[int], *extensions: str, part: str = "") -> list[list[memoryview]]:
         """The members of some samples, a list per extension; faster than `self[number]`. DataError: one is missing."""
         columns: list[list[memoryview]] = [[] for _ in extensions]
-        wanted = list(zip(columns, extensions, strict=True))
+        wanted = [(column.append, extension) for column, extension in zip(columns, extensions, strict=True)]
         starts, opened, last = self._starts, self._open, len(self) - 1
         for number in numbers:
             if not 0 <= number <= last:
@@ -98,8 +98,8 @@ class ShardSet:
                     if rows[row] < 0:
                         raise self._left_out(shard, base.keys[row], part)
                     row = rows[row]
-            for column, extension in wanted:
-                column.append(source.member(row, extension))
+            for append, extension in wanted:
+                append(source.member(row, extension))
         return columns
 
     def key(self, number: int) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from unicom_dist.data.tarscan import BLOCK, Index, scan
 INDEX_FORMAT = "unicom-tar-index/1"
 Buffer = bytes | bytearray | memoryview
 _REMAKE = "remove the file and run the command that wrote it again"
-_NOWHERE: tuple[list[int], list[int]] = ([], [])
+_NOWHERE: "tuple[array[int], array[int]]" = (array("q"), array("q"))
 
 
 class ShardEntry(NamedTuple):
@@ -231,7 +232,9 @@ class Shard:
             if not _foreign(index_path(self.path)):
                 with contextlib.suppress(UnicomError):  # a read-only data folder: the index is a cache
                     _write_index(self.path, size, index[0], index[1])
-        self.keys, self._members = index
+        self.keys = index[0]
+        # Arrays of machine integers: a fifth of the memory of lists, and one cache line instead of two per look-up.
+        self._members = {e: (array("q", offsets), array("q", sizes)) for e, (offsets, sizes) in index[1].items()}
 
     def __len__(self) -> int:
         return len(self.keys)
