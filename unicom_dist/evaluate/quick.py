@@ -19,6 +19,7 @@ from PIL import Image
 from unicom_dist.config.errors import PreflightError
 from unicom_dist.config.load import load_recipe
 from unicom_dist.config.schema import Config
+from unicom_dist.data.pairs import spread
 from unicom_dist.evaluate.generation import Drawn, Gallery, accuracy_rows, draw, resnet_judge, untrained_prior
 from unicom_dist.evaluate.heldout import Pair, mean_picture, read_pairs
 from unicom_dist.evaluate.judge import Embed
@@ -90,7 +91,7 @@ def run(checkpoint: str | Path, networks: Networks | None = None) -> list[Row]:
 def _codec(
     config: Config, pipeline: UniComPipeline, networks: Networks, heldout: list[Pair], mean: Image.Image, grids: Path
 ) -> list[Row]:
-    chosen = heldout[: config.eval.images]
+    chosen = _some(heldout, config.eval.images)
     with _timed(f"{len(chosen)} held-out pictures reconstructed"):
         originals = [pair.picture for pair in chosen]
         rebuilt = reconstruct(pipeline, chosen, config)
@@ -135,7 +136,7 @@ def _prompts(
         gallery = Gallery(networks.embed, [*train, *heldout])
     fresh = untrained_prior(pipeline, config.seed)
     for split, pairs in (("heldout prompts", heldout), ("train prompts", train)):
-        chosen = _spread(pairs, config.eval.prompts)
+        chosen = _some(pairs, config.eval.prompts)
         captions = [pair.caption for pair in chosen]
         with _timed(f"{len(chosen)} {split} drawn"):
             drawn = gallery.judge(draw(pipeline, chosen, config), captions)
@@ -153,16 +154,15 @@ def _save_prompts(drawn: Drawn, path: Path, prototypes: int) -> None:
 
 
 def _captions(pipeline: UniComPipeline, heldout: list[Pair]) -> list[dict[str, str]]:
-    chosen = _spread(heldout, CAPTIONS)
+    chosen = _some(heldout, CAPTIONS)
     texts = pipeline.captions([pair.features for pair in chosen])
     return [
         {"key": pair.key, "truth": pair.caption, "generated": text} for pair, text in zip(chosen, texts, strict=True)
     ]
 
 
-def _spread(pairs: list[Pair], count: int) -> list[Pair]:
-    count = min(count, len(pairs))
-    return [pairs[number * len(pairs) // count] for number in range(count)]
+def _some(pairs: list[Pair], count: int) -> list[Pair]:
+    return [pairs[number] for number in spread(count, len(pairs))]
 
 
 @contextmanager
