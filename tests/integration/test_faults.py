@@ -1,4 +1,4 @@
-"""What ends a run: signals, killed and stuck ranks, numbers that are not finite, data that is damaged. Each test starts a
+"""What ends a run: signals, killed and stuck ranks, numbers that are not finite, damaged data. Each test starts a
 launcher with one or two ranks of a plain engine, a few seconds each.
 """
 
@@ -39,7 +39,11 @@ def start(folder: Path, **overrides: object) -> subprocess.Popen[str]:
     """A launcher in a process of its own, as `unicom train` is."""
     code = DRIVER.format(here=str(Path(__file__).parent), folder=str(folder), overrides=overrides)
     return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 

@@ -1,4 +1,4 @@
-"""Stopping and continuing: bit for bit on the same layout, the same samples and weights on another. 1 and 2 processes."""
+"""Stopping and continuing: bit for bit on the same layout, the same samples and weights on another. 1 or 2 ranks."""
 
 import shutil
 from pathlib import Path

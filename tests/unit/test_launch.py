@@ -1,0 +1,93 @@
+"""Which error is shown when ranks fail, and the signals that ask for a stop. One process."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from unicom_dist.config.errors import DataError, HangError, PreflightError, UnicomError
+from unicom_dist.parallel.mesh import environment
+from unicom_dist.train.launch import _cause, error_path, threads_per_rank
+from unicom_dist.train.signals import STOP_SIGNALS, StopRequest
+
+
+def leave(run_dir, rank: int, kind: str, what: str, at: float) -> None:
+    path = error_path(run_dir, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"type": kind, "what": what, "why": "w", "remedy": "r", "docs": "", "time": at}))
+
+
+def test_a_killed_rank_is_named_before_the_errors_that_followed_from_it(tmp_path):
+    leave(tmp_path, 0, "UnicomError", "connection closed by peer", 1.0)
+    error = _cause([1, -signal.SIGKILL], tmp_path)
+    assert isinstance(error, HangError)
+    assert "rank 1 was ended by SIGKILL" in error.what
+
+
+def test_an_error_with_a_remedy_is_shown_before_a_vague_one(tmp_path):
+    leave(tmp_path, 0, "UnicomError", "connection closed by peer", 1.0)
+    leave(tmp_path, 1, "DataError", "shard damaged", 2.0)
+    error = _cause([1, 4], tmp_path)
+    assert isinstance(error, DataError)
+    assert error.what == "shard damaged"
+    assert error.remedy == "r"
+
+
+def test_among_equals_the_first_is_shown(tmp_path):
+    leave(tmp_path, 0, "DataError", "later", 2.0)
+    leave(tmp_path, 1, "DataError", "earlier", 1.0)
+    assert _cause([4, 4], tmp_path).what == "earlier"
+
+
+def test_a_rank_that_left_no_word_points_to_its_log(tmp_path):
+    error = _cause([None, 3], tmp_path)
+    assert isinstance(error, PreflightError)
+    assert "rank-00001.log" in error.why
+    assert isinstance(error, UnicomError)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda n: n.name)
+def test_each_stop_signal_sets_the_flag_and_is_given_back(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+    assert signal.getsignal(number) == before
+
+
+def test_the_end_of_the_launcher_is_a_wish_to_stop():
+    reader, writer = os.pipe()
+    stop = StopRequest()
+    stop.watch(os.fdopen(reader, "rb"))
+    time.sleep(0.05)
+    assert not stop.requested
+    os.close(writer)
+    deadline = time.monotonic() + 5
+    while not stop.requested and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert stop.requested
+
+
+def test_cores_are_shared_among_ranks():
+    cores = len(os.sched_getaffinity(0))
+    assert threads_per_rank(1, 0) == cores
+    assert threads_per_rank(10 * cores, 0) == 1
+    assert threads_per_rank(2, 7) == 7
+
+
+def test_slurm_tasks_are_ranks_and_need_an_address(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    with pytest.raises(PreflightError, match="MASTER_ADDR"):
+        environment()
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert environment() == (3, 4, 1)
