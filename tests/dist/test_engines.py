@@ -3,6 +3,8 @@
 One start of two processes does everything (DeepSpeed's import takes seconds); the tests look at what it brought back.
 """
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,8 @@ def train(engine: Engine, ranks: list[int], steps: range) -> list[float]:
 
 def work(rank: int, world: int) -> dict[str, object]:
     """Everything this file looks at, from one rank."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = "/dev/null/nowhere"  # what is compiled would have to be put here
+    os.environ["PATH"] = ""  # and there is no compiler
     mesh, result = init_mesh(60), {}
     for precision, freeze in CASES:
         for kind in (PlainEngine, Zero3Engine):
@@ -137,6 +141,10 @@ def test_two_ranks_train_as_one_process(ranks, alone, engine, precision, freeze)
         assert got.keys() == weights.keys()
         for name, weight in weights.items():
             torch.testing.assert_close(got[name], weight, rtol=tolerance, atol=tolerance / 3, msg=name)
+
+
+def test_deepspeed_compiles_nothing(ranks):
+    assert ranks  # `work` left it neither a compiler nor a folder for the result
 
 
 def test_frozen_weights_stay_exactly(ranks):

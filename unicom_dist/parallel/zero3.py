@@ -7,6 +7,7 @@ Reads a few private fields of DeepSpeed's stage-3 optimizer, checked at construc
 """
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -48,7 +49,22 @@ def import_deepspeed(device: torch.device) -> Any:
                 "pip install 'deepspeed>=0.19.8,<0.20'",
             ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    backend = importlib.import_module("deepspeed.comm.torch")
+    if not hasattr(backend, "build_shm_op"):
+        raise _other_version(deepspeed, ["comm.torch.build_shm_op"])
+    # Workaround: on CPUs DeepSpeed compiles a shared-memory collective that training never calls. That takes a compiler
+    # and up to a minute, and a process killed meanwhile leaves a lock at which every later start waits for ever.
+    # Remove when it is built on first use (deepspeed 0.19.8, comm/torch.py).
+    vars(backend)["build_shm_op"] = lambda: None
     return deepspeed
+
+
+def _other_version(deepspeed: Any, missing: list[str]) -> PreflightError:
+    return PreflightError(
+        f"deepspeed {deepspeed.__version__} lacks {missing}",
+        "the adapter was written for another version",
+        "pip install 'deepspeed>=0.19.8,<0.20'",
+    )
 
 
 class Zero3Engine:
@@ -76,11 +92,7 @@ class Zero3Engine:
         self._zero = self._engine.optimizer
         missing = [name for name in _NEEDED if not hasattr(self._zero, name)]
         if missing:
-            raise PreflightError(
-                f"deepspeed {deepspeed.__version__} lacks {missing}",
-                "the adapter was written for another version",
-                "pip install 'deepspeed>=0.19.8,<0.20'",
-            )
+            raise _other_version(deepspeed, missing)
         for name, buffer in floats.items():  # DeepSpeed casts buffers too; position tables need their float32
             owner = module.get_submodule(name.rpartition(".")[0])
             owner._buffers[name.rpartition(".")[2]] = buffer.to(mesh.device)
