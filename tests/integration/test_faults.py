@@ -47,7 +47,7 @@ def start(folder: Path, **overrides: object) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_checkpoint(config, process: subprocess.Popen[str], timeout_s: float = 90) -> Path:
+def wait_for_checkpoint(config, process: subprocess.Popen[str], timeout_s: float = 150) -> Path:
     """The first checkpoint of the codec."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -66,7 +66,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(child) for child in children]
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str]:
     """Exit status and everything printed."""
     try:
         out, _ = process.communicate(timeout=timeout_s)

@@ -14,7 +14,8 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE"
 FORMAT = 1
+SETTLE_S = 10.0
 _DOCS = "docs/checkpoints.md"
 State = dict[str, Buffers]
 
@@ -91,6 +93,16 @@ class CheckpointStore:
             daemon=True,
         )
         self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the write under way come to its end also when an error ends the run; not for long: a rank may be dead."""
+        if self._thread is not None:
+            self._thread.join(SETTLE_S)
 
     def wait(self) -> None:
         """Until the checkpoint under way is on disk (rank 0: under its final name). CheckpointError if it failed."""

@@ -23,6 +23,7 @@ from typing import IO, Any
 from unicom_dist.config import errors
 from unicom_dist.config.errors import HangError, Preempted, PreflightError, UnicomError
 
+REMIND_S = 2.0  # between repetitions of a request to stop
 GRACE_S = 3.0  # between asking the surviving ranks to end and killing them
 # glibc returns every large block to the system at once and faults its pages in again for the next one: on CPUs that is
 # more than half of a training step. Keeping them costs memory that the next step needs anyway.
@@ -130,7 +131,13 @@ def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]
 
 def _watch(ranks: list[subprocess.Popen[bytes]], run_dir: Path, asked: list[int]) -> None:
     """Until all ranks have ended; raises unless all ended well."""
+    remind_s = time.monotonic() + REMIND_S
     while True:
+        if asked and time.monotonic() > remind_s:  # a signal is lost on a process that is only just starting
+            remind_s = time.monotonic() + REMIND_S
+            for process in ranks:
+                if process.poll() is None:
+                    process.terminate()
         codes = [process.poll() for process in ranks]
         if any(code not in (None, 0, Preempted.exit_code) for code in codes):
             time.sleep(0.2)  # the others often fail in consequence: look once more before naming the cause

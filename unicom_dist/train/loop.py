@@ -57,7 +57,7 @@ def train_stage(config: Config, stage: StageConfig, mesh: Mesh, stop: StopReques
     Preempted: a rank was asked to stop; all of them finished the step and wrote a checkpoint.
     """
     run = start_run(config, stage, mesh, stop)
-    with Observer(run, terminal) as observer:
+    with run.store, Observer(run, terminal) as observer:
         while run.step < stage.steps:
             stopping = train_step(run, observer)
             last = run.step == stage.steps
