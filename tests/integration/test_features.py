@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,15 +290,13 @@ def test_errors_of_workers_reach_the_user_as_they_are(session: None, tmp_path: P
 def test_ray_listens_on_the_loopback_address_only(session: None) -> None:
     import psutil
 
-    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    listening = [
-        connection.laddr.ip
-        for process in ours
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    listening = set()
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            connections = process.net_connections("inet")
+            listening |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
     assert listening, "Ray's own servers should be found"
-    assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
+    assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
