@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from unicom_dist import __version__
-from unicom_dist.cli import config, data, doctor, evaluate, features, latents, report, sample, train
+from unicom_dist.cli import config, convert, data, doctor, evaluate, features, latents, report, sample, train
 from unicom_dist.cli.failure import guarded
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("eval")(evaluate.evaluate)
 app.command("report")(report.report)
+app.add_typer(convert.app, name="convert")
 
 
 def _print_version(value: bool) -> None:
