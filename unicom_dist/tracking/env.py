@@ -29,9 +29,10 @@ VARIABLES = (
 
 def collect_env(argv: list[str] | None = None) -> dict[str, Any]:
     """The environment of this process as plain values; `argv` is the command to remember (default `sys.argv`)."""
+    command = sys.argv if argv is None else argv
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": list(sys.argv if argv is None else argv),
+        "command": [Path(command[0]).name, *command[1:]],  # as it would be typed; where it is installed says nothing
         "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
