@@ -32,7 +32,7 @@ def collect_env(argv: list[str] | None = None) -> dict[str, Any]:
     command = sys.argv if argv is None else argv
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": [Path(command[0]).name, *command[1:]],  # as it would be typed; where it is installed says nothing
+        "command": [*(Path(name).name for name in command[:1]), *command[1:]],  # as typed, wherever it is installed
         "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
