@@ -36,7 +36,7 @@ from unicom_dist.data.tar import Shard
 from unicom_dist.models.encoders import EncodedImage, build_encoder
 
 ENCODER = EncoderConfig(kind="efficientnet-lite2", path=str(Path("assets/efficientnet-lite2").absolute()), batch=16)
-SHARD = 64
+SHARD = 32
 KINDS = ("bare", "job", "no-op", "no-op, no decoding")
 
 

@@ -72,7 +72,8 @@ def ray_session(resources: Resources) -> Iterator[None]:
     PreflightError: Ray does not start.
     """
     address = os.environ.get("RAY_ADDRESS", "local")
-    with _environment(MALLOC | {"RAY_USAGE_STATS_ENABLED": "0"}):
+    # Ray would run its workers at niceness 15, behind everything else on the machine.
+    with _environment(MALLOC | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}):
         import ray
         from ray._private import ray_constants
 
