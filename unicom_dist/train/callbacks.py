@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STATUS_S = 2.0
+
 
 class Observer:
     """A stage's figures. Everything but `add_losses` is collective over dp in the steps in which it acts."""
@@ -43,6 +45,7 @@ class Observer:
         self._metrics: MetricsWriter | None = None
         self._console: StageConsole | None = None
         self._terminal = terminal
+        self._status_s = -STATUS_S
         dtype = torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32
         self._peak = device_peak(run.mesh.device, dtype)
 
@@ -132,6 +135,10 @@ class Observer:
         self._since, self._step_s, self._waited_s = run.step, 0.0, 0.0
 
     def _status(self) -> None:
+        """Refresh the status file, at most every STATUS_S seconds: it costs as much as a small step."""
+        if time.monotonic() - self._status_s < STATUS_S:
+            return
+        self._status_s = time.monotonic()
         try:
             write_status(self.run.config.run_dir, "running", stage=self.stage.name, step=self.run.step)
         except OSError as error:
