@@ -23,7 +23,8 @@ from PIL import Image
 from unicom_dist.config.schema import TrackingConfig
 from unicom_dist.tracking.metrics import MetricsWriter
 from unicom_dist.tracking.mirror import start_mirror, sync, tracking_uri, ui_command
-from unicom_dist.tracking.mlflow_runs import MlflowRuns, without_credentials
+from unicom_dist.tracking.mlflow_runs import MlflowRuns
+from unicom_dist.tracking.rundir import without_credentials
 from unicom_dist.tracking.status import write_status
 
 

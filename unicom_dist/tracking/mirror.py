@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unicom_dist.config.schema import TrackingConfig
-from unicom_dist.tracking.rundir import read_config
+from unicom_dist.tracking.rundir import read_config, without_credentials
 from unicom_dist.tracking.status import Status, process_alive, read_status
 
 log = logging.getLogger("unicom_dist.tracking.mirror")
@@ -86,7 +86,7 @@ def sync(run_dir: str | Path, tracking: TrackingConfig | None = None, timeout_s:
     folder = Path(run_dir)
     settings = tracking or read_tracking(folder)
     uri = tracking_uri(folder, settings)
-    shown = _without_credentials(uri)
+    shown = without_credentials(uri)
     if not settings.mlflow:
         return SyncResult(False, "MLflow is switched off (tracking.mlflow = false)", "")
     command = [*_command(folder, settings), "--patience", str(timeout_s / 2)]
@@ -141,8 +141,8 @@ def mirror(run_dir: Path, uri: str, experiment: str, follow: Follow | None, poll
                 return _EXIT_SENT
             wait_s, answered_s = poll_s, time.monotonic()
         except Exception as error:
-            text = " ".join(str(error).split())
-            log.warning("MLflow at %s: %s: %.300s", _without_credentials(uri), type(error).__name__, text)
+            text = without_credentials(" ".join(str(error).split()))
+            log.warning("MLflow at %s: %s: %.300s", without_credentials(uri), type(error).__name__, text)
             if ending and time.monotonic() - answered_s > patience_s:
                 return _EXIT_NOT_SENT
             wait_s = min(2 * wait_s, 5.0 if ending else 60.0)
@@ -176,12 +176,6 @@ def _environment(run_dir: Path, tracking: TrackingConfig) -> dict[str, str]:
     short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "GIT_PYTHON_REFRESH": "quiet"}
     return {**short, **os.environ, **quiet, "MLFLOW_TRACKING_URI": tracking_uri(run_dir, tracking)}
-
-
-def _without_credentials(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -22,7 +21,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from unicom_dist.tracking.env import read_env
 from unicom_dist.tracking.metrics import METRICS_FILE, NUMERIC_KINDS, Record
-from unicom_dist.tracking.rundir import flatten, read_config
+from unicom_dist.tracking.rundir import flatten, read_config, without_credentials
 from unicom_dist.tracking.status import Status
 
 STATE_FILE = "mlflow.json"
@@ -197,12 +196,6 @@ class MlflowRuns:
         temporary = self._state_path.with_name(f".{STATE_FILE}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps({"targets": targets}, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self._state_path)
-
-
-def without_credentials(uri: str) -> str:
-    """The address without `user:password@`, fit for files and screens."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 def _fresh_state() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Reading a run directory back: its configuration with origins, and what the tracking tools want of it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,3 +64,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def without_credentials(text: str) -> str:
+    """`text` with `user:password@` taken out of every address in it, fit for files and screens."""
+    return re.sub(r"://[^/\s@]+@", "://", text)
