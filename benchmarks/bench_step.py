@@ -47,13 +47,17 @@ LR, CLIP, LOG_EVERY = 1e-4, 1.0, 10
 Method = Callable[[int], float]  # steps -> CPU seconds of exactly those steps
 
 
-def configure(folder: Path) -> Config:
-    """The tiny recipe with one prior stage that logs as a real one does."""
+def configure(folder: Path, zero_stage: int = 0, write: bool = True) -> Config:
+    """The tiny recipe with a prior stage that logs as a real one does; `write`: its data as well."""
     prior = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 192, "layers": 2}
     stage = {"steps": 1 << 30, "batch": 1, "row_positions": 96, "lr": LR, "warmup": 0, "log_every": LOG_EVERY}
-    config = tiny_config(folder, prior=prior, stages={"pretrain": {**stage, "clip": CLIP}})
-    write_tiny_assets(folder)
-    write_tiny_sets(config, feature_channels=FEATURE_CHANNELS)
+    engine = {"zero_stage": zero_stage}
+    config = tiny_config(folder, prior=prior, parallel=engine, stages={"pretrain": {**stage, "clip": CLIP}})
+    # The stage before it, which it would start from, is left out.
+    config = config.model_copy(update={"stages": [s for s in config.stages if s.name in ("codec", "pretrain")]})
+    if write:
+        write_tiny_assets(folder)
+        write_tiny_sets(config, feature_channels=FEATURE_CHANNELS)
     return config
 
 

@@ -1,7 +1,8 @@
-"""The engine without sharding: torch AdamW on every rank, gradients summed over the replicas in one call per group.
+"""The engine without sharding: AdamW on every rank, gradients summed over the replicas in one call per group.
 
 All parameters of a group share one flat buffer (the module's parameters are views of it), so a step is a handful of
 operations whatever the number of parameters. In bfloat16 the module sees a bfloat16 copy of the float32 master weights.
+torch's fused AdamW kernel is called directly: a `torch.optim` object imports the compiler (more than a second of CPU).
 """
 
 from collections.abc import Iterator
@@ -35,32 +36,25 @@ class PlainEngine:
         self._low: Buffers = []  # what the module computes with; the master itself in float32
         self._grad: Buffers = []  # float32, trained groups only
         self._low_grad: Buffers = []
+        self._moments: dict[str, Buffers] = {"exp_avg": [], "exp_avg_sq": []}
+        self._steps = [torch.zeros((), device=mesh.device)]  # one tensor of the kernel's, shared by the groups
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        groups = []
         for number, named in enumerate(decay_groups(module)):
+            master, low = self._flatten(named, number, dtype)
             trained = number < 2
-            master, low = self._flatten(named, len(self._master), dtype)
             self._master.append(master)
             self._low.append(low)
-            if trained and named:
-                low_grad = torch.zeros_like(low)
-                self._low_grad.append(low_grad)
-                self._grad.append(low_grad if low is master else torch.zeros_like(master))
-                start = 0
-                for _, p in named:
-                    p.grad = low_grad[start : start + p.numel()].view_as(p)
-                    start += p.numel()
-                groups.append(
-                    {
-                        "params": [nn.Parameter(master)],
-                        "weight_decay": config.weight_decay if number == 0 else 0.0,
-                        "group": number,
-                    }
-                )
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-        for group, grad in zip(self._optimizer.param_groups, self._grad, strict=True):
-            group["params"][0].grad = grad
-            self._moments(group["params"][0])
+            for buffers in self._moments.values():
+                buffers.append(torch.zeros_like(master) if trained else master.new_empty(0))
+            if not trained:
+                continue
+            low_grad = torch.zeros_like(low)
+            self._low_grad.append(low_grad)
+            self._grad.append(low_grad if low is master else torch.zeros_like(master))
+            start = 0
+            for _, p in named:
+                p.grad = low_grad[start : start + p.numel()].view_as(p)
+                start += p.numel()
 
     def _flatten(self, named: list[tuple[str, nn.Parameter]], group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(master, low): the group's parameters laid end to end; each parameter becomes a view of `low`."""
@@ -75,14 +69,6 @@ class PlainEngine:
         for f, (_, p) in zip(self.fragments[len(self.fragments) - len(named) :], named, strict=True):
             p.data = low[f.start : f.start + f.numel].view(f.shape)
         return master, low
-
-    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of a flat parameter, created at once so that it can be saved before the first step."""
-        state = self._optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        return state  # type: ignore[no-any-return]
 
     def __call__(self, batch: Any) -> Any:
         return self.module(batch)
@@ -108,15 +94,35 @@ class PlainEngine:
             if self.config.clip and norm > self.config.clip:
                 for grad in self._grad:
                     grad.mul_(self.config.clip / (norm + 1e-6))
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
+            self._update(lr)
         finally:
             for grad in self._low_grad:
                 grad.zero_()
         self._refresh()
         self.steps_done += 1
         return norm
+
+    @torch.no_grad()
+    def _update(self, lr: float) -> None:
+        """AdamW (Loshchilov and Hutter 2019), decay on the matrices only."""
+        self._steps[0] += 1
+        beta1, beta2 = self.config.betas
+        for number, grad in enumerate(self._grad):
+            torch._fused_adamw_(
+                [self._master[number]],
+                [grad],
+                [self._moments["exp_avg"][number]],
+                [self._moments["exp_avg_sq"][number]],
+                [],
+                self._steps,
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=self.config.weight_decay if number == 0 else 0.0,
+                eps=self.config.eps,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def _refresh(self) -> None:
         with torch.no_grad():
@@ -125,13 +131,7 @@ class PlainEngine:
                     low.copy_(master)
 
     def state(self) -> dict[str, Buffers]:
-        moments: dict[str, Buffers] = {
-            kind: [master.new_empty(0) for master in self._master] for kind in ("exp_avg", "exp_avg_sq")
-        }
-        for group in self._optimizer.param_groups:
-            for kind, buffers in moments.items():
-                buffers[group["group"]] = self._moments(group["params"][0])[kind]
-        return {"weight": self._master, **moments}
+        return {"weight": self._master, **self._moments}
 
     def load_state(self, state: dict[str, Buffers], steps_done: int) -> None:
         own = self.state()
@@ -142,8 +142,7 @@ class PlainEngine:
                         buffer.copy_(state[kind][number])
                     else:
                         buffer.zero_()
-            for group in self._optimizer.param_groups:
-                self._moments(group["params"][0])["step"].fill_(steps_done)
+            self._steps[0].fill_(steps_done)
         self.steps_done = steps_done
         self._refresh()
 

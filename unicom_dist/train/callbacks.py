@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unicom_dist.objective.terms import LossTerm
 from unicom_dist.tracking.console import StageConsole
-from unicom_dist.tracking.flops import device_peak
+from unicom_dist.tracking.flops import Peak, device_peak
 from unicom_dist.tracking.metrics import MetricsWriter
 from unicom_dist.tracking.status import write_status
 
@@ -38,7 +38,8 @@ class Observer:
         self._losses: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
         self._totals: dict[str, float] = {}
-        self._since = run.step
+        self._dtype = torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32
+        self._since = self._first_step = run.step
         self._step_s = self._waited_s = 0.0
         self._copy: nn.Module | None = None
         self._first = run.mesh.rank == 0
@@ -46,8 +47,7 @@ class Observer:
         self._console: StageConsole | None = None
         self._terminal = terminal
         self._status_s = -STATUS_S
-        dtype = torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32
-        self._peak = device_peak(run.mesh.device, dtype)
+        self._peak: Peak | None = None  # measured at the second record: the first step must not wait for it
 
     def __enter__(self) -> "Observer":
         if self._first:
@@ -113,6 +113,8 @@ class Observer:
 
     def _log(self, lr: float, norm: float) -> None:
         run = self.run
+        if self._peak is None and self._since > self._first_step:
+            self._peak = device_peak(run.mesh.device, self._dtype)
         sums = run.mesh.sum_dp(torch.stack(list(self._losses.values()))).tolist()
         losses = {name: value / max(self._totals[name], 1.0) for name, value in zip(self._losses, sums, strict=True)}
         if self._metrics and self._console:
@@ -124,7 +126,7 @@ class Observer:
             for name in ("tokens", "latents", "images"):
                 if name in self._totals:
                     values[f"{name}_per_s"] = self._totals[name] / seconds
-            if self._totals.get("flops"):
+            if self._totals.get("flops") and self._peak:
                 values["mfu"] = self._totals["flops"] / seconds / (self._peak.flops_per_s * run.mesh.dp_size)
             values |= getattr(run.loader, "report", dict)()
             self._metrics.log(self.stage.name, run.step, values)
@@ -147,12 +149,11 @@ class Observer:
     def _averaged(self) -> nn.Module:
         """The model with the averaged weights, on every rank. Collective over dp."""
         run = self.run
-        dtype = torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32
-        weights = run.engine.full(run.ema.buffers, dtype)
+        weights = run.engine.full(run.ema.buffers, self._dtype)
         if self._copy is None:
             self._copy = run.task.build().requires_grad_(False).to(run.mesh.device)
             for parameter in self._copy.parameters():
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(self._dtype)
         for name, parameter in self._copy.named_parameters():
             parameter.data.copy_(weights[name])
         return self._copy.eval()

@@ -1,0 +1,167 @@
+"""How long it takes until something happens: the command's answers, and a training run's first step.
+
+`unicom --help` and `unicom config show` are timed as whole processes. For training, a rank that resumes a prior stage
+from a checkpoint is timed from its start to the end of its first step; beside it a process that only does what cannot
+be saved: the same imports (with ZeRO-3 also those that DeepSpeed makes when it builds an engine), the rendezvous, and
+reading the checkpoint's bytes. The difference is what building model, engine and loader and the first step itself cost.
+One rank, one thread; the clock is the CPU time of the process and its children, wall time is shown as well.
+
+    python benchmarks/bench_startup.py [--rounds 7]
+"""
+
+import argparse
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import Goal, Timing, publish
+
+HERE = Path(__file__).resolve()
+LIMIT_S, SETUP_S = 0.5, 0.5
+
+
+def resume(folder: str, zero_stage: str) -> None:
+    """A rank's way from its start to the end of its first step."""
+    import torch
+
+    torch.set_num_threads(1)
+    from bench_step import configure
+
+    from unicom_dist.parallel.mesh import init_mesh
+    from unicom_dist.train.callbacks import Observer
+    from unicom_dist.train.loop import start_run, train_step
+    from unicom_dist.train.signals import StopRequest
+
+    config = configure(Path(folder), int(zero_stage), write=False)
+    run = start_run(config, config.stage("pretrain"), init_mesh(60), StopRequest())
+    assert run.step == 1, "it should have resumed"
+    with open(os.devnull, "w") as nowhere, Observer(run, nowhere) as observer:
+        train_step(run, observer)
+        print(time.process_time(), flush=True)
+    os._exit(0)
+
+
+def unavoidable(folder: str, zero_stage: str) -> None:
+    """Imports, rendezvous, and the bytes of the checkpoint."""
+    import torch
+
+    torch.set_num_threads(1)
+    import bench_step  # noqa: F401  # imports what the trainer imports
+
+    from unicom_dist.parallel.mesh import init_mesh
+
+    mesh = init_mesh(60)
+    if zero_stage == "3":
+        from unicom_dist.parallel.zero3 import import_deepspeed
+
+        import_deepspeed(mesh.device)
+        for module in ("torch._dynamo", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer"):
+            importlib.import_module(module)
+    for path in sorted(Path(folder).rglob("checkpoints/**/*")):
+        if path.is_file():
+            path.read_bytes()
+    print(time.process_time(), flush=True)
+    os._exit(0)
+
+
+def prepare(folder: str, zero_stage: str) -> None:
+    """Data, and a checkpoint after one step."""
+    from bench_step import configure, prepare
+
+    from unicom_dist.parallel.mesh import init_mesh
+    from unicom_dist.train.callbacks import Observer
+    from unicom_dist.train.loop import save, start_run, train_step
+    from unicom_dist.train.signals import StopRequest
+
+    config = configure(Path(folder), int(zero_stage))
+    prepare(config)
+    run = start_run(config, config.stage("pretrain"), init_mesh(60), StopRequest())
+    with open(os.devnull, "w") as nowhere, Observer(run, nowhere) as observer:
+        train_step(run, observer)
+        save(run)
+        run.store.wait()
+    print(0.0, flush=True)
+    os._exit(0)
+
+
+def rank(what: str, folder: Path, zero_stage: int) -> tuple[float, float]:
+    """(CPU, wall) seconds of a process of its own, up to where it says."""
+    with tempfile.TemporaryDirectory() as meeting:
+        env = os.environ | {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "OMP_NUM_THREADS": "1",
+            "UNICOM_RENDEZVOUS": f"{meeting}/file",
+        }
+        start = time.perf_counter()
+        command = [sys.executable, "-W", "ignore", str(HERE), "--do", what, str(folder), str(zero_stage)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        wall_s = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(done.stdout.split()[-1]), wall_s
+
+
+def command(arguments: list[str]) -> tuple[float, float]:
+    """(CPU, wall) seconds of a whole `unicom` process."""
+    unicom = shutil.which("unicom", path=str(Path(sys.executable).parent)) or "unicom"
+    before, start = os.times(), time.perf_counter()
+    subprocess.run([unicom, *arguments], check=True, stdout=subprocess.DEVNULL)
+    after, wall_s = os.times(), time.perf_counter() - start
+    return after.children_user + after.children_system - before.children_user - before.children_system, wall_s
+
+
+def main() -> int:
+    """Measure, print, write; 1 if a goal was missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--do", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.do:
+        {"resume": resume, "unavoidable": unavoidable, "prepare": prepare}[options.do[0]](*options.do[1:])
+    with tempfile.TemporaryDirectory(prefix="bench-startup-") as name:
+        folders = {stage: Path(name) / str(stage) for stage in (0, 3)}
+        for stage, folder in folders.items():
+            rank("prepare", folder, stage)
+        methods = {
+            "unicom --help": lambda: command(["--help"]),
+            "unicom config show": lambda: command(["config", "show", "recipes/quickstart.yaml"]),
+        }
+        for stage, folder in folders.items():
+            engine = "ZeRO-3" if stage else "plain"
+            methods[f"{engine}: imports, rendezvous, read"] = lambda f=folder, s=stage: rank("unavoidable", f, s)
+            methods[f"{engine}: resume to first step"] = lambda f=folder, s=stage: rank("resume", f, s)
+        seconds: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
+        for number in range(options.rounds + 1):
+            for method in list(methods) if number % 2 else reversed(list(methods)):
+                measured = methods[method]()
+                if number:  # the first round fills the page cache
+                    seconds[method].append(measured)
+    cpu = {method: Timing.of([c for c, _ in values]) for method, values in seconds.items()}
+    wall = {method: Timing.of([w for _, w in values]) for method, values in seconds.items()}
+    goals = [Goal(m, cpu[m].median, LIMIT_S, at_least=False, unit="s") for m in ("unicom --help", "unicom config show")]
+    for engine in ("plain", "ZeRO-3"):
+        over = cpu[f"{engine}: resume to first step"].median - cpu[f"{engine}: imports, rendezvous, read"].median
+        goals.append(Goal(f"{engine}: first step beyond imports and read", over, SETUP_S, at_least=False, unit="s"))
+    met = publish(
+        "bench_startup",
+        ["what", "CPU s", "wall s", "spread of CPU"],
+        [[method, f"{cpu[method].median:.2f}", f"{wall[method].median:.2f}", cpu[method].spread] for method in methods],
+        goals,
+        {
+            m: {"cpu_s": cpu[m].median, "wall_s": wall[m].median, "low": cpu[m].low, "high": cpu[m].high}
+            for m in methods
+        },
+        ("deepspeed",),
+    )
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
