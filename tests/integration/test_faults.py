@@ -164,7 +164,9 @@ def test_numbers_that_are_not_finite_name_the_samples_and_leave_the_checkpoint(t
     found = latest(Path(config.run_dir) / "checkpoints" / "codec")
     assert found is not None
     assert read_extra(found)["step"] == kept["step"]
-    assert read_status(config.run_dir).exit_code == NonFiniteError.exit_code == 6
+    status = read_status(config.run_dir)
+    assert (status.state, status.stage) == ("failed", "codec")
+    assert status.exit_code == NonFiniteError.exit_code == 6
 
 
 def test_an_error_in_a_rank_reaches_the_caller_as_it_was_raised(tmp_path):

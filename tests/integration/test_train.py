@@ -9,8 +9,11 @@ from safetensors.torch import load_file
 from training_run import losses, tiny_run, write_stats
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
+from unicom_dist.parallel.mesh import Mesh
+from unicom_dist.testing.distributed import run_ranks
 from unicom_dist.tracking.metrics import read_metrics
 from unicom_dist.tracking.status import read_status
+from unicom_dist.train.loop import check_ranks
 from unicom_dist.train.pipeline import run
 
 STAGES = ("codec", "alignment", "pretrain", "continue", "sft")
@@ -33,7 +36,8 @@ def test_every_stage_leaves_weights_checkpoint_and_pictures(finished):
         assert load_file(folder / "weights" / stage / "model.safetensors")
         assert list((folder / "samples" / stage).glob("*.png"))
         assert list((folder / "checkpoints" / stage).glob("step-*/COMPLETE"))
-    assert read_status(folder).state == "done"
+    status = read_status(folder)
+    assert (status.state, status.stage, status.step) == ("done", "sft", config.stage("sft").steps)
 
 
 def test_each_step_is_logged_once_and_evaluated_on_held_out_data(finished):
@@ -70,6 +74,17 @@ def test_a_stage_starts_from_the_weights_of_the_one_before(finished):
     assert losses(config, "pretrain")[1] > first  # text loss went on falling over the stages
 
 
+def test_cutting_a_step_into_micro_batches_changes_nothing(finished, tmp_path):
+    config, _ = finished
+    cut = tiny_run(tmp_path, stages={name: {"micro_batches": 2} for name in STAGES})
+    for stage in ("codec", "alignment"):
+        write_stats(cut)
+        run(cut, write_stats, only=stage)
+        expected, got = losses(config, stage), losses(cut, stage)
+        for step, value in expected.items():
+            assert got[step] == pytest.approx(value, rel=2e-5), (stage, step)
+
+
 @pytest.mark.dist
 def test_two_zero3_ranks_train_as_one_plain_process(finished, tmp_path):
     config, _ = finished
@@ -80,6 +95,28 @@ def test_two_zero3_ranks_train_as_one_plain_process(finished, tmp_path):
         assert got.keys() == expected.keys()
         for step, value in expected.items():
             assert got[step] == pytest.approx(value, rel=2e-5), (stage, step)
+
+
+def join(rank: int, world: int, folder: str) -> None:
+    """One of several ranks that somebody else started; module level: ranks import it."""
+    run(tiny_run(Path(folder)), write_stats, only="codec")
+
+
+@pytest.mark.dist
+def test_ranks_that_somebody_else_started_join_and_train_the_same(finished, tmp_path):
+    config, _ = finished
+    tiny_run(tmp_path)
+    run_ranks(join, 2, str(tmp_path), init_group=False)
+    joined = tiny_run(tmp_path)
+    for step, value in losses(config, "codec").items():
+        assert losses(joined, "codec")[step] == pytest.approx(value, rel=2e-5), step
+    assert read_status(joined.run_dir).state == "done"
+
+
+def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(finished):
+    config, _ = finished
+    with pytest.raises(ConfigError, match=r"stages\.codec\.batch = 4 with 3 ranks"):
+        check_ranks(config, Mesh(0, 3, 0, 3, torch.device("cpu")))
 
 
 def test_another_model_under_the_same_run_directory_is_refused(finished):

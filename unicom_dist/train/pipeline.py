@@ -15,7 +15,7 @@ from pathlib import Path
 
 from unicom_dist.config.errors import ConfigError, Preempted, PreflightError, UnicomError
 from unicom_dist.config.schema import Config, StageConfig
-from unicom_dist.tracking.status import write_status
+from unicom_dist.tracking.status import State, read_status, write_status
 
 log = logging.getLogger(__name__)
 Runner = Callable[[Config], None]
@@ -66,9 +66,13 @@ def run(
         if rank == 0:
             _final_status(config, error)
         raise
+    if joined():
+        from unicom_dist.parallel.mesh import close_mesh
+
+        close_mesh()
     if rank:
         return
-    write_status(config.run_dir, "done", stage=stage.name if stage else "", exit_code=0)
+    write_status(config.run_dir, "done", stage=stages[-1].name, step=stages[-1].steps, exit_code=0)
     say(
         f"all stages of {config.name} are finished ({time.monotonic() - started:.0f} s); the run is in {config.run_dir}"
     )
@@ -155,8 +159,9 @@ def _train_joined(config: Config, stages: list[StageConfig]) -> None:
     """This process is a rank already: join the others and train."""
     from unicom_dist.parallel.mesh import init_mesh
     from unicom_dist.train.signals import StopRequest
-    from unicom_dist.train.worker import run_stages
+    from unicom_dist.train.worker import quiet_libraries, run_stages
 
+    quiet_libraries()
     mesh = init_mesh(config.parallel.timeout_s)
     if any(stage.kind == "prior" for stage in stages):
         if mesh.rank == 0:
@@ -169,9 +174,10 @@ def _train_joined(config: Config, stages: list[StageConfig]) -> None:
 def _final_status(config: Config, error: BaseException) -> None:
     code = error.exit_code if isinstance(error, UnicomError) else 1
     what = error.what if isinstance(error, UnicomError) else repr(error)
+    state: State = "preempted" if isinstance(error, Preempted) else "failed"
+    before = read_status(config.run_dir)  # how far it came
+    stage, step = (before.stage, before.step) if before else ("", 0)
     try:
-        write_status(
-            config.run_dir, "preempted" if isinstance(error, Preempted) else "failed", exit_code=code, message=what
-        )
+        write_status(config.run_dir, state, stage=stage, step=step, exit_code=code, message=what)
     except OSError as problem:
         log.warning("the status file could not be written: %s", problem)

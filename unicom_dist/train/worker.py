@@ -25,7 +25,7 @@ def main() -> int:
     config = Config.model_validate(spec["config"])
     rank = int(os.environ["RANK"])
     terminal = _redirect(log_path(Path(config.run_dir), rank))
-    _quiet()
+    quiet_libraries()
     with StopRequest() as stop:
         stop.watch(sys.stdin.buffer)
         try:
@@ -38,18 +38,19 @@ def main() -> int:
 def run_stages(config: Config, names: list[str], stop: StopRequest, terminal: IO[str] | None = None) -> None:
     """Train the named stages in order on this rank. Collective over the world. `terminal`: where rank 0 shows progress.
 
-    Preempted after a checkpoint when a stop was requested on any rank.
+    ConfigError: a batch does not divide among the ranks that are there. Preempted, after a checkpoint: a stop was
+    requested on some rank.
     """
     import torch
 
-    from unicom_dist.parallel.mesh import close_mesh, init_mesh
-    from unicom_dist.train.loop import train_stage
+    from unicom_dist.parallel.mesh import init_mesh
+    from unicom_dist.train.loop import check_ranks, train_stage
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
     mesh = init_mesh(config.parallel.timeout_s)
+    check_ranks(config, mesh)
     for name in names:
         train_stage(config, config.stage(name), mesh, stop, terminal)
-    close_mesh()
 
 
 def _redirect(log: Path) -> IO[str]:
@@ -67,7 +68,8 @@ def _redirect(log: Path) -> IO[str]:
     return terminal
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
+    """Silence warnings that libraries address to their own developers."""
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
