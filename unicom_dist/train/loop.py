@@ -86,6 +86,8 @@ def train_step(run: Run, observer: Observer) -> bool:
     batches = run.loader.next_step()
     waited = time.perf_counter() - began
     counts, amounts, stopping = count_step(run, batches)
+    if run.mesh.device.type != "cpu":
+        batches = [batch.to(run.mesh.device) for batch in batches]
     with run.engine.accumulate():
         for batch in batches:
             terms = run.task.terms(run.engine(batch), batch)

@@ -91,7 +91,7 @@ class CodecTask(Task[CodecBatch]):
 
     def build(self) -> nn.Module:
         kind = self.config.codec.perceptual
-        if kind != "none":
+        if kind != "none" and self._perceptual is None:
             folder = self.config.codec.perceptual_path
             self._perceptual = Lpips.load("alex" if kind == "lpips-alex" else "vgg", folder).eval()
             if self.stage.precision == "bfloat16":
@@ -112,6 +112,8 @@ class CodecTask(Task[CodecBatch]):
         return {"images": float(batch.images.shape[0]), "flops": self._flops[shape]}
 
     def terms(self, outputs: Any, batch: CodecBatch) -> dict[str, LossTerm]:
+        if self._perceptual is not None:
+            self._perceptual.to(batch.images.device)  # with the first batch it follows the model
         return codec_terms(outputs, batch, self.config.codec, self._perceptual)
 
     def heldout(self) -> Iterator[tuple[str, CodecBatch]]:
