@@ -111,7 +111,7 @@ class Same:
 
 def ours(config: Config, batch: PackedBatch) -> Method:
     """The trainer's own step, with its log, console, status file and average of the weights."""
-    stage, mesh = config.stage("pretrain"), Mesh(0, 1, 0, 1, torch.device("cpu"))
+    stage, mesh = config.stage("pretrain"), Mesh(0, 1, torch.device("cpu"))
     task = make_task(config, stage)
     engine = make_engine(task.build(), config, stage, mesh)
     ema = Ema(engine.state()["weight"], stage.ema)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from unicom_dist.config.errors import NonFiniteError
-from unicom_dist.parallel.engine import Engine, OptimizerConfig
+from unicom_dist.parallel.engine import Engine, OptimizerConfig, whole_tensors
 from unicom_dist.parallel.mesh import Mesh, init_mesh
 from unicom_dist.parallel.plain import PlainEngine
 from unicom_dist.parallel.zero3 import Zero3Engine
@@ -60,7 +60,7 @@ def train(engine: Engine, ranks: list[int], steps: range) -> list[float]:
             for rank in ranks:
                 for micro in range(2):
                     out = engine(micro_batch(step, rank, micro))
-                    engine.backward(out.square().sum() / rows_of(step) * engine.mesh.dp_size)
+                    engine.backward(out.square().sum() / rows_of(step) * engine.mesh.zero.size)
         norms.append(engine.step(LR))
     return norms
 
@@ -74,7 +74,9 @@ def work(rank: int, world: int) -> dict[str, object]:
         for kind in (PlainEngine, Zero3Engine):
             engine = kind(TwoTowers(freeze), OptimizerConfig(precision=precision, clip=0.5), mesh)
             norms = train(engine, [rank], range(STEPS))
-            weights = engine.full(engine.state()["weight"], torch.float32)
+            weights = dict(
+                whole_tensors(engine.mesh, engine.state()["weight"], engine.fragments, engine.replicated, torch.float32)
+            )
             result[kind.__name__, precision, freeze] = (norms, weights)
             if kind is Zero3Engine and precision == "float32" and not freeze:
                 result["held"] = sum(buffer.numel() for buffer in engine.state()["weight"])
@@ -122,11 +124,16 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def alone():
-    mesh, result = Mesh(0, 1, 0, 1, torch.device("cpu")), {}
+    mesh, result = Mesh(0, 1, torch.device("cpu")), {}
     for precision, freeze in CASES:
         engine = PlainEngine(TwoTowers(freeze), OptimizerConfig(precision=precision, clip=0.5), mesh)
         norms = train(engine, [0, 1], range(STEPS))
-        result[precision, freeze] = (norms, engine.full(engine.state()["weight"], torch.float32))
+        result[precision, freeze] = (
+            norms,
+            dict(
+                whole_tensors(engine.mesh, engine.state()["weight"], engine.fragments, engine.replicated, torch.float32)
+            ),
+        )
     return result
 
 

@@ -14,7 +14,7 @@ from unicom_dist.checkpoint.store import CheckpointStore, checkpoints, latest, r
 from unicom_dist.checkpoint.tensorfile import TensorFile, write_tensors
 from unicom_dist.checkpoint.weights import export_weights, read_weights, read_weights_config
 from unicom_dist.config.errors import CheckpointError
-from unicom_dist.parallel.engine import Fragment
+from unicom_dist.parallel.engine import Fragment, Piece
 from unicom_dist.parallel.mesh import Mesh
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (1,)}
@@ -35,7 +35,7 @@ def layout(rank: int, world: int) -> list[Fragment]:
         whole, group = torch.Size(shape).numel(), 0 if name == "a" else 1
         span = -(-whole // world)
         offset = min(rank * span, whole)
-        fragments.append(Fragment(name, shape, offset, min(span, whole - offset), group, starts[group], span))
+        fragments.append(Fragment(Piece(name, shape), offset, min(span, whole - offset), group, starts[group]))
         starts[group] += span
     return fragments
 
@@ -50,7 +50,7 @@ def state_of(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
     fragments = layout(rank, world)
     state = {}
     for kind in ("weight", "exp_avg"):
-        buffers = [torch.zeros(sum(f.span for f in fragments if f.group == group)) for group in (0, 1)]
+        buffers = [torch.zeros(sum(f.numel + 1 for f in fragments if f.group == group)) for group in (0, 1)]
         for f in fragments:
             buffers[f.group][f.start : f.start + f.numel] = whole(kind, f.name)[f.offset : f.offset + f.numel]
         state[kind] = [buffers[0], torch.zeros(0)] if kind == "exp_avg" else buffers
@@ -59,7 +59,7 @@ def state_of(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
 
 def save_all(folder: Path, world: int, step: int, **extra: object) -> list[CheckpointStore]:
     """A checkpoint as `world` ranks write it, one after the other."""
-    stores_ = [CheckpointStore(folder, LocalMesh(rank, world, rank, world, CPU), timeout_s=5) for rank in range(world)]
+    stores_ = [CheckpointStore(folder, LocalMesh(rank, world, CPU), timeout_s=5) for rank in range(world)]
     for rank, store in reversed(list(enumerate(stores_))):
         store.save(step, state_of(rank, world), layout(rank, world), dict(extra), replicated=False)
     for store in stores_:
@@ -94,7 +94,7 @@ def test_training_goes_on_while_the_file_is_written(tmp_path, monkeypatch):
     allowed = threading.Event()
     slow = stores.write_tensors
     monkeypatch.setattr(stores, "write_tensors", lambda *args: (allowed.wait(10), slow(*args)))
-    store = CheckpointStore(tmp_path, LocalMesh(0, 1, 0, 1, CPU))
+    store = CheckpointStore(tmp_path, LocalMesh(0, 1, CPU))
     state = state_of(0, 1)
     kept = {kind: [b.clone() for b in buffers] for kind, buffers in state.items()}
     store.save(1, state, layout(0, 1), {}, replicated=True)
@@ -132,7 +132,7 @@ def test_a_checkpoint_that_cannot_fit_is_refused_before_a_byte_is_written(tmp_pa
 
 
 def test_a_rank_that_never_finishes_leaves_no_checkpoint(tmp_path):
-    store = CheckpointStore(tmp_path, LocalMesh(0, 2, 0, 2, CPU), timeout_s=0.2)
+    store = CheckpointStore(tmp_path, LocalMesh(0, 2, CPU), timeout_s=0.2)
     store.save(3, state_of(0, 2), layout(0, 2), {}, replicated=False)
     with pytest.raises(CheckpointError, match=r"rank-00001-of-00002\.safetensors after"):
         store.wait()
@@ -141,14 +141,14 @@ def test_a_rank_that_never_finishes_leaves_no_checkpoint(tmp_path):
 
 def test_leftovers_of_a_killed_writer_are_removed_at_the_next_start(tmp_path):
     (tmp_path / ".step-000009.dead").mkdir(parents=True)
-    CheckpointStore(tmp_path, LocalMesh(0, 1, 0, 1, CPU))
+    CheckpointStore(tmp_path, LocalMesh(0, 1, CPU))
     assert not list(tmp_path.glob(".step-*"))
 
 
 def test_another_model_is_named_by_its_first_difference(tmp_path):
     save_all(tmp_path, 1, 1)
     other = [
-        Fragment(f.name, (9,) if f.name == "b" else f.shape, 0, f.numel, f.group, f.start, f.span) for f in layout(0, 1)
+        Fragment(Piece("b", (9,)) if f.name == "b" else f.piece, 0, f.numel, f.group, f.start) for f in layout(0, 1)
     ]
     with pytest.raises(CheckpointError, match=r"b: \[7\] saved, \[9\] configured"):
         read_state(latest(tmp_path), other, state_of(0, 1), ("weight",))
@@ -167,9 +167,9 @@ def test_the_random_state_returns_on_the_same_number_of_ranks_only(tmp_path):
     torch.manual_seed(5)
     save_all(tmp_path, 1, 1)
     expected = torch.rand(3)
-    torch.set_rng_state(read_rng(latest(tmp_path), Mesh(0, 1, 0, 1, CPU)))
+    torch.set_rng_state(read_rng(latest(tmp_path), Mesh(0, 1, CPU)))
     assert torch.equal(torch.rand(3), expected)
-    assert read_rng(latest(tmp_path), Mesh(0, 2, 0, 2, CPU)) is None
+    assert read_rng(latest(tmp_path), Mesh(0, 2, CPU)) is None
 
 
 def test_exported_weights_come_back_and_are_replaced_as_a_whole(tmp_path):

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from unicom_dist.config.errors import NonFiniteError
-from unicom_dist.parallel.engine import OptimizerConfig, decay_groups
+from unicom_dist.parallel.engine import OptimizerConfig, decay_groups, whole_tensors
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.plain import PlainEngine
 
-ALONE = Mesh(0, 1, 0, 1, torch.device("cpu"))
+ALONE = Mesh(0, 1, torch.device("cpu"))
 LR = 1e-2
 
 
@@ -74,7 +74,7 @@ def test_bfloat16_computes_low_and_remembers_high():
     before = [weight.clone() for weight in engine.state()["weight"]]
     train(engine, range(3))
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
-    whole = engine.full(engine.state()["weight"], torch.float32)
+    whole = dict(whole_tensors(ALONE, engine.state()["weight"], engine.fragments, True, torch.float32))
     for name, parameter in engine.module.named_parameters():
         assert torch.equal(parameter, whole[name].bfloat16())
     rounded = sum(float((weight - weight.bfloat16()).abs().sum()) for weight in engine.state()["weight"])

@@ -56,7 +56,7 @@ def test_prior_gradients_do_not_depend_on_the_cut() -> None:
     pieces = [prior_step(5, 0, seed=1), prior_step(1, 12, seed=2)]
     counts = {"text": 6, "flow": 12}
     for outputs, batch in pieces:
-        (total(prior_terms(outputs, batch, STAGE), counts, dp_size=2) / 2).backward()
+        (total(prior_terms(outputs, batch, STAGE), counts, replicas=2) / 2).backward()
     logits, velocity = (torch.cat([outputs[i].detach() for outputs, _ in pieces]).requires_grad_() for i in (0, 1))
     whole = replace(
         pieces[0][1],

@@ -77,15 +77,15 @@ class CheckpointStore:
         CheckpointError when the last write failed or this one cannot fit on the disk.
         """
         self.wait()
-        mine = state if not replicated or self.mesh.dp_rank == 0 else {}
+        mine = state if not replicated or self.mesh.zero.rank == 0 else {}
         need = sum(buffer.numel() * buffer.element_size() for buffers in mine.values() for buffer in buffers)
         self._check_space(need)
         self._stage(mine)
         tensors = self._named(fragments if mine else [])
         tensors["rng/torch"] = torch.get_rng_state()
         where = {f.name: [f.offset, f.numel] for f in fragments} if mine else {}
-        shapes = {f.name: list(f.shape) for f in fragments}
-        text = json.dumps({"format": FORMAT, "step": step, "dp": self.mesh.dp_size, "shapes": shapes, **extra})
+        shapes = {f.name: list(f.piece.shape) for f in fragments}
+        text = json.dumps({"format": FORMAT, "step": step, "dp": self.mesh.dp.size, "shapes": shapes, **extra})
         self._thread = threading.Thread(
             target=self._write,
             args=(step, tensors, {"fragments": json.dumps(where)}, text),
@@ -234,7 +234,7 @@ def read_rng(checkpoint: Path, mesh: Mesh) -> Tensor | None:
 
 
 def _check_model(checkpoint: Path, saved: dict[str, list[int]], fragments: list[Fragment]) -> None:
-    wanted = {f.name: list(f.shape) for f in fragments}
+    wanted = {f.name: list(f.piece.shape) for f in fragments}
     if saved == wanted:
         return
     differing = sorted(

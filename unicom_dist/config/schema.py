@@ -4,9 +4,11 @@ Every field says its unit. Unknown keys are refused (`load.py` names the nearest
 section are validators of the section that holds both. Imports no torch.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from unicom_dist.config.layout import Layout, Recompute, Schedule, refusals
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -177,9 +179,26 @@ class ParallelConfig(Section):
     """How the ranks share the model and the data."""
 
     nproc: PositiveInt = Field(1, description="processes started on this machine")
-    zero_stage: Literal[0, 3] = Field(3, description="0 = plain replicas, 3 = DeepSpeed ZeRO-3")
+    tp: PositiveInt = Field(1, description="tensor parallelism: ranks that share each layer's matrices")
+    pp: PositiveInt = Field(1, description="pipeline parallelism: ranks that hold different layers")
+    ulysses: PositiveInt = Field(1, description="ranks that share the positions of a row; within attention they share its heads")
+    sequence_parallel: bool = Field(True, description="with tp > 1: split the positions between the layers as well")
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="what the replicas split: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights (DeepSpeed)")
+    gather_once: bool = Field(False, description="ZeRO-3: gather the weights once a step, not once per use, and hold them in low precision meanwhile")
+    schedule: Schedule = Field("1f1b", description="order of the micro-batches in the pipeline")
+    pp_stages_per_rank: PositiveInt = Field(1, description="slices of layers per rank; more than 1 with schedule: interleaved")
+    recompute: Recompute = Field("none", description="activations computed again in the backward pass: norms and SiLU (selective) or whole layers (full)")
+    offload: Literal["none", "cpu", "nvme"] = Field("none", description="where DeepSpeed keeps optimizer state and, in ZeRO-3, weights")
+    nvme_path: str = Field("", description="folder for offload: nvme")
     threads: int = Field(0, ge=0, description="CPU threads per rank; 0 = cores / nproc")
     timeout_s: PositiveInt = Field(600, description="a collective that takes longer than this ends the run, seconds")
+    stall_s: PositiveInt = Field(300, description="a rank without a finished step for so long has its stack logged and ends the run, seconds")
+
+
+class DeepSpeedConfig(Section):
+    """What DeepSpeed gets besides what follows from `parallel` and the stage."""
+
+    extra: dict[str, Any] = Field(default_factory=dict, description="merged over the generated DeepSpeed configuration, key by key")
 
 
 class Mixture(Section):
@@ -215,7 +234,9 @@ class StageConfig(Section):
     eps: float = Field(1e-6, gt=0, description="of AdamW")
     clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 = no clipping")
     ema: Fraction = Field(0.999, description="decay of the weight average; 0 = none")
-    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of forward and backward; master weights and moments are float32")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of forward and backward: auto = bfloat16 on GPUs and CPUs that multiply it fast; master weights and moments are float32"
+    )
     lambda_text: NonNegative = Field(1.0, description="weight of the mean cross-entropy per text token")
     lambda_flow: NonNegative = Field(5.0, description="weight of the mean squared flow error per latent channel")
     trainable: Literal["all", "connector"] = Field("all", description="prior: all weights or only the visual connector and heads")
@@ -284,6 +305,7 @@ class Config(Section):
     codec: CodecConfig = CodecConfig()
     prior: PriorConfig = PriorConfig()
     parallel: ParallelConfig = ParallelConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     stages: list[StageConfig] = Field(default_factory=list)
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
@@ -294,15 +316,23 @@ class Config(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise Unworkable(f"stages = {names}", "folders and overrides are named after stages", "give each stage its own name")
+        for refusal in refusals(self.parallel, self.prior, self.parallel.nproc):
+            raise Unworkable(refusal.what, refusal.why, refusal.remedy)
         for stage in self.stages:
-            share = self.parallel.nproc * stage.micro_batches
+            replicas = self.layout(stage, self.parallel.nproc).dp
+            share = replicas * stage.micro_batches
             if stage.kind != "latents" and stage.batch % share:
                 raise Unworkable(
                     f"stages.{stage.name}.batch = {stage.batch}",
-                    f"it does not divide into parallel.nproc x micro_batches = {self.parallel.nproc} x {stage.micro_batches} equal pieces",
+                    f"it does not divide into dp x micro_batches = {replicas} x {stage.micro_batches} equal pieces",
                     f"use {_multiples(stage.batch, share)}",
                 )
         return self
+
+    def layout(self, stage: StageConfig, world: int) -> Layout:
+        """How `world` ranks share a stage: as `parallel` says for a prior; a codec is small and only data-parallel."""
+        layout = Layout.of(self.parallel, world)
+        return layout if stage.kind == "prior" else layout.data_parallel()
 
     def stage(self, name: str) -> StageConfig:
         """The stage called `name`; KeyError if there is none."""

@@ -27,6 +27,7 @@ from unicom_dist.evaluate.losses import caption_row, flow_rows
 from unicom_dist.evaluate.reconstruction import Distance, reconstruct, reconstruction_rows, untrained_codec
 from unicom_dist.evaluate.rows import Row
 from unicom_dist.objective.perceptual import Lpips
+from unicom_dist.parallel.precision import training_dtype
 from unicom_dist.sample.grid import picture_grid
 from unicom_dist.sample.loading import LoadedPrior, find_parts, load_prior, stage_names
 from unicom_dist.sample.pipeline import UniComPipeline
@@ -61,8 +62,8 @@ def run(checkpoint: str | Path, networks: Networks | None = None) -> list[Row]:
     began = time.perf_counter()
     folder = Path(checkpoint)
     config = load_recipe(folder).config
-    # In the precision it was trained in: that is also the one this machine is quick in.
-    dtype = torch.bfloat16 if config.stages[-1].precision == "bfloat16" else torch.float32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = training_dtype(config.stages[-1].precision, device)
     pipeline = UniComPipeline.from_pretrained(folder, dtype=dtype)
     networks = networks or Networks.load(config, pipeline.device)
     grids = folder / "samples" / "eval"

@@ -78,11 +78,11 @@ def codec_terms(
     return terms
 
 
-def total(terms: Mapping[str, LossTerm], global_counts: Mapping[str, int], dp_size: int = 1) -> Tensor:
-    """The loss of one micro-batch to call backward on: sum over terms of weight x sum / global count x dp_size.
+def total(terms: Mapping[str, LossTerm], global_counts: Mapping[str, int], replicas: int = 1) -> Tensor:
+    """The loss of one micro-batch to call backward on: sum over terms of weight x sum / global count x replicas.
 
-    `global_counts` are the counts summed over all ranks and micro-batches of the step. `dp_size` cancels the averaging
+    `global_counts` are the counts summed over all ranks and micro-batches of the step. `replicas` cancels the averaging
     of gradients over ranks.
     """
-    parts = [term.sum * (term.weight * dp_size / max(global_counts[name], 1)) for name, term in terms.items()]
+    parts = [term.sum * (term.weight * replicas / max(global_counts[name], 1)) for name, term in terms.items()]
     return torch.stack(parts).sum()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from unicom_dist.config.errors import NonFiniteError
@@ -33,23 +34,79 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """`parameter.flatten()[offset : offset + numel]` is `buffers[group][start : start + numel]` on this rank.
+class Piece:
+    """What a local parameter holds of one named tensor of the whole model: `whole.narrow(dim, begin, length)`.
 
-    `span` elements are reserved there (numel plus padding), the same on every rank; numel may be 0.
+    A parameter is the flattened pieces one after the other (several when matrices are fused). Names and shapes are
+    those of the single-process model. `sum_over`: the gradient is partial and is summed over these ranks: "tp" (norms
+    between sequence-parallel positions), "kv" (copies of a key-value head) or "tied" (the pipeline's two copies of a
+    tied embedding). `owner`: one rank of those that hold the same values: the gradient norm counts it, checkpoints
+    keep it.
     """
 
     name: str
     shape: tuple[int, ...]
+    dim: int = 0
+    begin: int = 0
+    length: int = -1  # -1: all of `dim`
+    sum_over: str = ""
+    owner: bool = True
+
+    @property
+    def cut(self) -> tuple[int, ...]:
+        """Shape of the part held here."""
+        if not self.shape:
+            return ()
+        length = self.shape[self.dim] if self.length < 0 else self.length
+        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+
+    @property
+    def numel(self) -> int:
+        """Elements held here."""
+        return math.prod(self.cut)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The part of `whole` held here (a view)."""
+        return whole.narrow(self.dim, self.begin, self.cut[self.dim]) if self.shape else whole
+
+
+def pieces_of(name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> list[Piece]:
+    """The pieces of a parameter: those that sharding declared (attribute `pieces`), else the whole tensor."""
+    return getattr(parameter, "pieces", None) or [Piece(name, shape)]
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`piece.of(whole).flatten()[offset : offset + numel]` is `buffers[group][start : start + numel]` on this rank."""
+
+    piece: Piece
     offset: int
     numel: int
     group: int
     start: int
-    span: int
+
+    @property
+    def name(self) -> str:
+        """Of the tensor in the whole model."""
+        return self.piece.name
+
+
+def fragments_of(pieces: list[Piece], offset: int, numel: int, group: int, start: int) -> list[Fragment]:
+    """Fragments of a parameter of which elements [offset, offset + numel) lie at `start` of a group's buffer here.
+
+    One per piece, also where it is empty: every rank knows every tensor of its slice of the model.
+    """
+    found, before = [], 0
+    for piece in pieces:
+        low = min(max(offset - before, 0), piece.numel)
+        high = min(max(offset + numel - before, 0), piece.numel)
+        found.append(Fragment(piece, low, high - low, group, start + max(before - offset, 0) if high > low else start))
+        before += piece.numel
+    return found
 
 
 class Engine(Protocol):
-    """Forward, backward and optimizer step of one slice of the model over its data-parallel replicas.
+    """Forward, backward and optimizer step of this rank's slice of the model over its replicas (`mesh.zero`).
 
     `state()` holds {"weight", "exp_avg", "exp_avg_sq"}: buffers by group; the moments of frozen groups are empty.
     `replicated`: every rank holds everything (then only dp_rank 0 needs to save it).
@@ -61,13 +118,17 @@ class Engine(Protocol):
     replicated: bool
     steps_done: int
 
-    def __call__(self, batch: Any) -> Any: ...
+    def __call__(self, batch: Any, x: Tensor | None = None, chunk: int = 0) -> Any:
+        """The module's forward pass; `x` and `chunk` as the pipeline gives them."""
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Around all forwards and backwards of one step; gradients are reduced once, at its end. Collective over dp."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add gradients of a scalar loss; the engine averages over dp."""
+    def backward(self, output: Tensor, grad: Tensor | None = None) -> None:
+        """Add gradients of a scalar loss, or of an inner pp_stage's `output` given the gradient with respect to it.
+
+        The engine averages over `mesh.zero`.
+        """
 
     def step(self, lr: float) -> float:
         """Clip and apply AdamW; the global gradient norm before clipping. Collective over dp.
@@ -81,8 +142,14 @@ class Engine(Protocol):
     def load_state(self, state: dict[str, Buffers], steps_done: int) -> None:
         """Copy buffers in and refresh the weights of the forward pass. Missing moments become 0. Collective over dp."""
 
-    def full(self, buffers: Buffers, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Whole parameters on the CPU, from buffers laid out as the weights (weights or EMA). Collective over dp."""
+    def gradients(self) -> Buffers:
+        """Float32 gradients, averaged over `mesh.zero`, laid out as the weights (empty for frozen groups).
+
+        Valid between the end of `accumulate` and `step`.
+        """
+
+    def using(self, buffers: Buffers) -> AbstractContextManager[None]:
+        """Within the block, forward passes see these weights (an average) instead of the master weights. Collective."""
 
     def close(self) -> None:
         """Release hooks and buffers."""
@@ -110,10 +177,49 @@ def check_finite(norm: float) -> None:
         )
 
 
-def whole_parameters(
-    gathered: list[Tensor], fragments: list[Fragment], dtype: torch.dtype
+def whole_tensors(
+    mesh: Mesh, buffers: Buffers, fragments: list[Fragment], replicated: bool, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, parameter) from the buffers of all ranks. gathered: per group [ranks, n_g]."""
-    for f in fragments:
-        pieces = gathered[f.group][:, f.start : f.start + f.span]
-        yield f.name, pieces.reshape(-1)[: math.prod(f.shape)].reshape(f.shape).to("cpu", dtype, copy=True)
+    """(name, tensor of the whole model) on the CPU, one after the other, on rank 0; other ranks only take part.
+
+    Memory: one tensor. `replicated`: every rank of `mesh.zero` holds the same. Collective over the world: every rank
+    exhausts the iterator.
+    """
+    mine = [f for f in fragments if f.piece.owner and f.numel and not (replicated and mesh.zero.rank)]
+    lists = [mine] if mesh.world == 1 else gathered_objects(mesh, mine)
+    owned: dict[str, list[tuple[int, Fragment]]] = {}
+    for rank, found in enumerate(lists):
+        for f in found:
+            owned.setdefault(f.name, []).append((rank, f))
+    for name, places in owned.items():
+        whole = torch.empty(places[0][1].piece.shape) if mesh.rank == 0 else torch.empty(0)
+        for rank, f in places:
+            if mesh.rank not in (0, rank):
+                continue
+            values = buffers[f.group][f.start : f.start + f.numel] if mesh.rank == rank else torch.empty(f.numel)
+            if rank and mesh.rank == rank:
+                dist.send(values.cpu(), 0)
+            elif rank:
+                dist.recv(values, rank)
+            if mesh.rank == 0:
+                put(f, values.cpu(), whole)
+        if mesh.rank == 0:
+            yield name, whole.to(dtype)
+
+
+def gathered_objects(mesh: Mesh, value: Any) -> list[Any]:
+    """Every rank's `value`, in order of ranks. Collective over the world."""
+    box: list[Any] = [None] * mesh.world
+    dist.all_gather_object(box, value)
+    return box
+
+
+def put(fragment: Fragment, values: Tensor, whole: Tensor) -> None:
+    """Write the fragment's values [numel] to their place in the tensor of the whole model."""
+    part = fragment.piece.of(whole)
+    if part.is_contiguous():
+        part.view(-1)[fragment.offset : fragment.offset + fragment.numel] = values
+        return
+    width = math.prod(part.shape[1:])  # a cut across columns: whole rows lie apart
+    index = torch.arange(fragment.offset, fragment.offset + fragment.numel)
+    part[index // width, index % width] = values

@@ -1,11 +1,11 @@
-"""Which rank this process is, and the few collectives the trainer needs besides the engine's.
+"""Which rank this process is, the groups it belongs to, and the few collectives the trainer needs besides the engine's.
 
 Started by `unicom train` (file rendezvous on one machine), by torchrun (RANK, WORLD_SIZE, MASTER_ADDR) or by srun
-(SLURM_PROCID, SLURM_NTASKS). Rank is global; the coordinate `dp_rank` is the position among the data-parallel replicas.
+(SLURM_PROCID, SLURM_NTASKS). Rank is global; a coordinate is the position along one axis of the layout.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -13,34 +13,57 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unicom_dist.config.errors import PreflightError
+from unicom_dist.config.errors import ConfigError, PreflightError
+from unicom_dist.config.layout import AXES, DOCS, Layout
 
 RENDEZVOUS = "UNICOM_RENDEZVOUS"  # path of the rendezvous file, set by the launcher on one machine
 
 
 @dataclass(frozen=True)
+class Axis:
+    """The ranks that differ from this one in one coordinate (or in several, flattened), in order."""
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None  # None: no process group was joined
+    ranks: tuple[int, ...] = (0,)  # global
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed in place. Collective over the axis."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[size, *shape]: the `tensor`s of all its ranks, equal shapes. Collective over the axis."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        out = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(out, tensor.contiguous(), group=self.group)
+        return torch.stack(out)
+
+
+@dataclass(frozen=True)
 class Mesh:
-    """Coordinates of this process. Every dp replica sees other samples; with one process nothing communicates."""
+    """Coordinates of this process and its groups. Every dp coordinate sees other samples, all other axes the same."""
 
     rank: int
     world: int
-    dp_rank: int
-    dp_size: int
     device: torch.device
+    layout: Layout = field(default_factory=Layout)
+    pp: Axis = Axis("pp")
+    dp: Axis = Axis("dp")
+    ulysses: Axis = Axis("ulysses")
+    tp: Axis = Axis("tp")
+    zero: Axis = Axis("zero")  # dp x ulysses: ranks with the same slice of the model; gradients are averaged over it
+    model: Axis = Axis("model")  # pp x ulysses x tp: the ranks that together work on one batch
+    everyone: Axis = Axis("everyone")
 
-    def sum_dp(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed in place over the data-parallel replicas. Collective over dp."""
-        if self.dp_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather_dp(self, tensor: Tensor) -> Tensor:
-        """[dp, *shape]: the `tensor`s of all replicas, equal shapes. Collective over dp."""
-        if self.dp_size == 1:
-            return tensor.unsqueeze(0)
-        out = [torch.empty_like(tensor) for _ in range(self.dp_size)]
-        dist.all_gather(out, tensor.contiguous())
-        return torch.stack(out)
+    @property
+    def last_pp_stage(self) -> bool:
+        """Whether the losses are computed here."""
+        return self.pp.rank == self.pp.size - 1
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value` on every rank. Collective over the world."""
@@ -78,8 +101,8 @@ def environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def init_mesh(timeout_s: int = 600) -> Mesh:
-    """Join the process group (NCCL where there are GPUs, gloo elsewhere). Collective over the world.
+def join(timeout_s: int = 600) -> tuple[int, int, torch.device]:
+    """Join the process group (NCCL where there are GPUs, gloo elsewhere); (rank, world, device). Collective.
 
     A collective that takes longer than `timeout_s` raises on every rank that waits for it.
     """
@@ -103,7 +126,37 @@ def init_mesh(timeout_s: int = 600) -> Mesh:
         )
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
-    return Mesh(rank, world, rank, world, device)
+    return rank, world, device
+
+
+def init_mesh(layout: Layout | None = None, timeout_s: int = 600) -> Mesh:
+    """Join the process group, if that is not done, and form the groups of `layout` (default: all ranks replicas).
+
+    ConfigError when the layout is for another number of ranks. Collective over the world.
+    """
+    rank, world, device = join(timeout_s)
+    layout = layout or Layout(dp=world)
+    if layout.world != world:
+        raise ConfigError(
+            f"{world} ranks were started for a layout of {layout.world}",
+            " x ".join(f"{axis} {size}" for axis, size in layout.sizes().items()),
+            f"start {layout.world} ranks, or change parallel.tp, pp or ulysses",
+            DOCS,
+        )
+    if not dist.is_initialized():
+        return Mesh(rank, world, device, layout)
+    made: dict[tuple[int, ...], Any] = {}
+    axes = {}
+    members: dict[str, tuple[str, ...]] = {axis: (axis,) for axis in AXES}
+    members |= {"zero": ("dp", "ulysses"), "model": ("pp", "ulysses", "tp"), "everyone": AXES}
+    for name, flattened in members.items():
+        for ranks in layout.groups(flattened):  # every rank takes part in forming every group, in the same order
+            if tuple(ranks) not in made:
+                limit = timedelta(seconds=timeout_s)
+                made[tuple(ranks)] = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks, limit)
+            if rank in ranks:
+                axes[name] = Axis(name, ranks.index(rank), len(ranks), made[tuple(ranks)], tuple(ranks))
+    return Mesh(rank, world, device, layout, **axes)
 
 
 def close_mesh() -> None:

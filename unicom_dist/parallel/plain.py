@@ -18,7 +18,8 @@ from unicom_dist.parallel.engine import (
     OptimizerConfig,
     check_finite,
     decay_groups,
-    whole_parameters,
+    fragments_of,
+    pieces_of,
 )
 from unicom_dist.parallel.mesh import Mesh
 
@@ -58,20 +59,21 @@ class PlainEngine:
 
     def _flatten(self, named: list[tuple[str, nn.Parameter]], group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(master, low): the group's parameters laid end to end; each parameter becomes a view of `low`."""
+        master = torch.zeros(sum(p.numel() for _, p in named), device=self.mesh.device)
+        low = master if dtype == torch.float32 else master.to(dtype)
         start = 0
         for name, p in named:
-            self.fragments.append(Fragment(name, tuple(p.shape), 0, p.numel(), group, start, p.numel()))
-            start += p.numel()
-        master = torch.zeros(start, device=self.mesh.device)
-        for f, (_, p) in zip(self.fragments[len(self.fragments) - len(named) :], named, strict=True):
-            master[f.start : f.start + f.numel] = p.detach().reshape(-1).float()
-        low = master if dtype == torch.float32 else master.to(dtype)
-        for f, (_, p) in zip(self.fragments[len(self.fragments) - len(named) :], named, strict=True):
-            p.data = low[f.start : f.start + f.numel].view(f.shape)
+            end = start + p.numel()
+            self.fragments += fragments_of(pieces_of(name, p, tuple(p.shape)), 0, p.numel(), group, start)
+            master[start:end] = p.detach().reshape(-1).float()
+            p.data = low[start:end].view(p.shape)
+            start = end
+        if low is not master:
+            low.copy_(master)
         return master, low
 
-    def __call__(self, batch: Any) -> Any:
-        return self.module(batch)
+    def __call__(self, batch: Any, x: Tensor | None = None, chunk: int = 0) -> Any:
+        return self.module(batch) if x is None and not chunk else self.module(batch, x, chunk)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -79,12 +81,29 @@ class PlainEngine:
         for grad, low_grad in zip(self._grad, self._low_grad, strict=True):
             if grad is not low_grad:
                 grad.copy_(low_grad)
-            self.mesh.sum_dp(grad)
-            if self.mesh.dp_size > 1:
-                grad.div_(self.mesh.dp_size)
+            self.mesh.zero.sum(grad)
+            if self.mesh.zero.size > 1:
+                grad.div_(self.mesh.zero.size)
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+    def backward(self, output: Tensor, grad: Tensor | None = None) -> None:
+        output.backward(grad)  # type: ignore[no-untyped-call]
+
+    def gradients(self) -> Buffers:
+        return [*self._grad, *(master.new_empty(0) for master in self._master[len(self._grad) :])]
+
+    @contextmanager
+    def using(self, buffers: Buffers) -> Iterator[None]:
+        kept = [master.clone() for master in self._master] if self._low[0] is self._master[0] else []
+        self._load(buffers)
+        try:
+            yield
+        finally:
+            self._load(kept or self._master)
+
+    @torch.no_grad()
+    def _load(self, buffers: Buffers) -> None:
+        for low, buffer in zip(self._low, buffers, strict=True):
+            low.copy_(buffer)
 
     def step(self, lr: float) -> float:
         norms = [torch.linalg.vector_norm(grad) for grad in self._grad]
@@ -145,9 +164,6 @@ class PlainEngine:
             self._steps[0].fill_(steps_done)
         self.steps_done = steps_done
         self._refresh()
-
-    def full(self, buffers: Buffers, dtype: torch.dtype) -> dict[str, Tensor]:
-        return dict(whole_parameters([buffer.unsqueeze(0) for buffer in buffers], self.fragments, dtype))
 
     def close(self) -> None:
         for p in self.module.parameters():

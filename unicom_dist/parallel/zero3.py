@@ -26,7 +26,8 @@ from unicom_dist.parallel.engine import (
     OptimizerConfig,
     check_finite,
     decay_groups,
-    whole_parameters,
+    fragments_of,
+    pieces_of,
 )
 from unicom_dist.parallel.mesh import Mesh
 
@@ -124,35 +125,34 @@ class Zero3Engine:
         fragments, start = [], 0
         for number, (name, p) in enumerate([*trained, *frozen]):
             span, whole = p.ds_tensor.ds_numel, p.ds_numel
-            offset = min(self.mesh.dp_rank * span, whole)
+            offset = min(self.mesh.zero.rank * span, whole)
             if number < len(trained):
                 group, where, _ = self._zero.grad_position[self._zero.get_param_id(p)]
             else:
                 group, where = len(self._zero.fp32_partitioned_groups_flat), start
                 start += span
             numel = min(span, whole - offset)
-            fragments.append(Fragment(name, tuple(p.ds_shape), offset, numel, group, int(where), span))
+            fragments += fragments_of(pieces_of(name, p, tuple(p.ds_shape)), offset, numel, group, int(where))
         return fragments
 
     def _set_exact(self, exact: dict[str, Tensor]) -> None:
         """Master weights from the float32 values, which DeepSpeed rounded to bfloat16 on the way."""
         weights = self.state()["weight"]
         for f in self.fragments:
-            weights[f.group].data[f.start : f.start + f.numel] = exact[f.name].reshape(-1)[
-                f.offset : f.offset + f.numel
-            ]
+            values = exact[f.name].reshape(-1)[f.offset : f.offset + f.numel]
+            weights[f.group].data[f.start : f.start + f.numel] = values
         self._refresh()
 
-    def __call__(self, batch: Any) -> Any:
-        return self._engine(batch)
+    def __call__(self, batch: Any, x: Tensor | None = None, chunk: int = 0) -> Any:
+        return self._engine(batch) if x is None and not chunk else self._engine(batch, x, chunk)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         with self._engine.coalesce_grad_reduction():
             yield
 
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
+    def backward(self, output: Tensor, grad: Tensor | None = None) -> None:
+        self._engine.backward(output if grad is None else (output * grad).sum())
 
     def step(self, lr: float) -> float:
         for group in self._zero.optimizer.param_groups:
@@ -172,7 +172,7 @@ class Zero3Engine:
         located = {f.name: f for f in self.fragments if f.group == frozen}
         for name, p in self._frozen:
             f = located[name]
-            p.ds_tensor.data.copy_(self._frozen_master[f.start : f.start + f.span].view_as(p.ds_tensor))
+            p.ds_tensor.data[: f.numel].copy_(self._frozen_master[f.start : f.start + f.numel])
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
@@ -201,9 +201,6 @@ class Zero3Engine:
             self._moments(flat)["step"].fill_(steps_done)
         self.steps_done = steps_done
         self._refresh()
-
-    def full(self, buffers: Buffers, dtype: torch.dtype) -> dict[str, Tensor]:
-        return dict(whole_parameters([self.mesh.gather_dp(buffer) for buffer in buffers], self.fragments, dtype))
 
     def close(self) -> None:
         self._engine.destroy()

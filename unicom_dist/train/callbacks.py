@@ -10,13 +10,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from unicom_dist.objective.terms import LossTerm
+from unicom_dist.parallel.engine import whole_tensors
 from unicom_dist.tracking.console import StageConsole
 from unicom_dist.tracking.flops import Peak, device_peak
 from unicom_dist.tracking.metrics import MetricsWriter
@@ -105,17 +106,22 @@ class Observer:
             self._sample(self._averaged())
 
     def finish(self) -> None:
-        """The last evaluation and pictures of the stage."""
+        """The last evaluation and pictures of the stage, and the record that it is done."""
         model = self._averaged()
         self._evaluate(model)
         self._sample(model)
         self._copy = None
+        if self._metrics:
+            self._metrics.log(self.stage.name, self.run.step, {"state": "done"}, kind="stage")
 
     def _log(self, lr: float, norm: float) -> None:
         run = self.run
         if self._peak is None and self._since > self._first_step:
             self._peak = device_peak(run.mesh.device, self._dtype)
-        sums = run.mesh.sum_dp(torch.stack(list(self._losses.values()))).tolist()
+            if self._metrics:
+                yardstick = {"mfu_peak_flops_per_s": self._peak.flops_per_s, "mfu_peak_source": self._peak.source}
+                self._metrics.log(self.stage.name, run.step, yardstick, kind="params")
+        sums = run.mesh.dp.sum(torch.stack(list(self._losses.values()))).tolist()
         losses = {name: value / max(self._totals[name], 1.0) for name, value in zip(self._losses, sums, strict=True)}
         if self._metrics and self._console:
             steps = run.step - self._since
@@ -127,7 +133,7 @@ class Observer:
                 if name in self._totals:
                     values[f"{name}_per_s"] = self._totals[name] / seconds
             if self._totals.get("flops") and self._peak:
-                values["mfu"] = self._totals["flops"] / seconds / (self._peak.flops_per_s * run.mesh.dp_size)
+                values["mfu"] = self._totals["flops"] / seconds / (self._peak.flops_per_s * run.mesh.world)
             values |= getattr(run.loader, "report", dict)()
             self._metrics.log(self.stage.name, run.step, values)
             self._console.update(run.step, values)
@@ -149,13 +155,15 @@ class Observer:
     def _averaged(self) -> nn.Module:
         """The model with the averaged weights, on every rank. Collective over dp."""
         run = self.run
-        weights = run.engine.full(run.ema.buffers, self._dtype)
+        engine = run.engine
+        weights = dict(whole_tensors(run.mesh, run.ema.buffers, engine.fragments, engine.replicated, self._dtype))
         if self._copy is None:
             self._copy = run.task.build().requires_grad_(False).to(run.mesh.device)
             for parameter in self._copy.parameters():
                 parameter.data = parameter.data.to(self._dtype)
         for name, parameter in self._copy.named_parameters():
-            parameter.data.copy_(weights[name])
+            if run.mesh.rank == 0:
+                parameter.data.copy_(weights[name])
         return self._copy.eval()
 
     @torch.no_grad()
@@ -163,9 +171,9 @@ class Observer:
         """Losses on held-out data, each rank taking every dp-th batch. Collective over dp."""
         run, began = self.run, time.perf_counter()
         sums: dict[str, Tensor] = {}
-        for number, (suffix, batch) in enumerate(run.task.heldout()):
+        for suffix, batch in run.task.heldout():
             counts = run.task.counts(batch)
-            mine = number % run.mesh.dp_size == run.mesh.dp_rank
+            mine = run.mesh.rank == 0
             terms = run.task.terms(model(batch.to(run.mesh.device)), batch.to(run.mesh.device)) if mine else {}
             for name, count in counts.items():
                 if suffix and name == "text":  # the one label of a text-to-image sample says nothing
@@ -176,7 +184,7 @@ class Observer:
                     pair += torch.tensor([float(terms[name].sum), count], dtype=torch.float64)
         if not sums:
             return
-        pairs = run.mesh.sum_dp(torch.stack(list(sums.values())).to(run.mesh.device)).tolist()
+        pairs = run.mesh.dp.sum(torch.stack(list(sums.values())).to(run.mesh.device)).tolist()
         values = {name: total / count for name, (total, count) in zip(sums, pairs, strict=True) if count}
         times = [value for name, value in values.items() if name.startswith("loss/flow@")]
         if times:
@@ -194,7 +202,8 @@ class Observer:
             grid, labels = self.run.task.draw(model)
             folder.mkdir(parents=True, exist_ok=True)
             grid.save(path)
-            record: dict[str, Any] = {"prompts": labels, "step": self.run.step, "stage": self.stage.name}
+            kind = "reconstructions" if self.stage.kind == "codec" else "prompts"
+            record = {"kind": kind, "stage": self.stage.name, "step": self.run.step, "labels": labels}
             path.with_suffix(".json").write_text(json.dumps(record, indent=1), encoding="utf-8")
             shown = str(path.relative_to(self.run.config.run_dir))
             self._metrics.log(self.stage.name, self.run.step, {"path": shown, "name": "samples"}, kind="artifact")

@@ -22,7 +22,7 @@ from unicom_dist.config.errors import CheckpointError, ConfigError, NonFiniteErr
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.prefetch import StepLoader
 from unicom_dist.objective.terms import total
-from unicom_dist.parallel.engine import Engine, OptimizerConfig
+from unicom_dist.parallel.engine import Engine, OptimizerConfig, whole_tensors
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.plain import PlainEngine
 from unicom_dist.parallel.zero3 import Zero3Engine
@@ -72,7 +72,7 @@ def train_stage(config: Config, stage: StageConfig, mesh: Mesh, stop: StopReques
                 )
         observer.finish()
     run.store.wait()
-    weights = run.engine.full(run.ema.buffers, torch.bfloat16)
+    weights = dict(whole_tensors(mesh, run.ema.buffers, run.engine.fragments, run.engine.replicated, torch.bfloat16))
     if mesh.rank == 0:
         run.task.export(Path(config.run_dir) / "weights" / stage.name, weights, run.step)
     run.loader.close()
@@ -91,7 +91,7 @@ def train_step(run: Run, observer: Observer) -> bool:
     with run.engine.accumulate():
         for batch in batches:
             terms = run.task.terms(run.engine(batch), batch)
-            run.engine.backward(total(terms, counts, run.mesh.dp_size))
+            run.engine.backward(total(terms, counts, run.mesh.zero.size))
             observer.add_losses(terms)
     lr = learning_rate(run.stage, run.step)
     try:
@@ -113,11 +113,11 @@ def count_step(run: Run, batches: list[Any]) -> tuple[dict[str, int], dict[str, 
         add_up(counts, run.task.counts(batch))
         add_up(amounts, run.task.amounts(batch))
     stop = run.stop.requested
-    if run.mesh.dp_size > 1:
+    if run.mesh.dp.size > 1:
         vector = torch.tensor(
             [*counts.values(), *amounts.values(), float(stop)], dtype=torch.float64, device=run.mesh.device
         )
-        values = run.mesh.sum_dp(vector).tolist()
+        values = run.mesh.dp.sum(vector).tolist()
         counts = dict(zip(counts, values, strict=False))
         amounts = dict(zip(amounts, values[len(counts) :], strict=False))
         stop = values[-1] > 0
@@ -222,10 +222,10 @@ def keep_keys(run: Run, batches: list[Any]) -> None:
 def check_ranks(config: Config, mesh: Mesh) -> None:
     """ConfigError unless every stage's batch divides among the ranks that were really started."""
     for stage in config.stages:
-        share = mesh.dp_size * stage.micro_batches
+        share = mesh.dp.size * stage.micro_batches
         if stage.kind != "latents" and stage.batch % share:
             raise ConfigError(
-                f"stages.{stage.name}.batch = {stage.batch} with {mesh.dp_size} ranks x {stage.micro_batches} pieces",
+                f"stages.{stage.name}.batch = {stage.batch} with {mesh.dp.size} ranks x {stage.micro_batches} pieces",
                 f"every rank takes equally many pieces of a step, and {stage.batch} is not a multiple of {share}",
                 f"start another number of ranks, or set batch to a multiple of {share}",
             )

@@ -162,7 +162,7 @@ def _train_joined(config: Config, stages: list[StageConfig]) -> None:
     from unicom_dist.train.worker import quiet_libraries, run_stages
 
     quiet_libraries()
-    mesh = init_mesh(config.parallel.timeout_s)
+    mesh = init_mesh(timeout_s=config.parallel.timeout_s)
     if any(stage.kind == "prior" for stage in stages):
         if mesh.rank == 0:
             prepare_vocabulary(config)

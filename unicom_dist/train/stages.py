@@ -100,7 +100,7 @@ class CodecTask(Task[CodecBatch]):
 
     def loader(self, mesh: Mesh) -> StepLoader[CodecBatch]:
         expected: dict[str, str] = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
-        return CodecLoader(self.config, self.stage, mesh.dp_rank, mesh.dp_size, expect_fingerprint=expected)
+        return CodecLoader(self.config, self.stage, mesh.dp.rank, mesh.dp.size, expect_fingerprint=expected)
 
     def counts(self, batch: CodecBatch) -> dict[str, int]:
         return codec_counts(batch, self.config.codec)
@@ -164,8 +164,8 @@ class PriorTask(Task[PackedBatch]):
             self.stage,
             self._vocabulary,
             self._stats,
-            mesh.dp_rank,
-            mesh.dp_size,
+            mesh.dp.rank,
+            mesh.dp.size,
             expect_fingerprint=expected,
         )
 

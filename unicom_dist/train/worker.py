@@ -44,10 +44,12 @@ def run_stages(config: Config, names: list[str], stop: StopRequest, terminal: IO
     import torch
 
     from unicom_dist.parallel.mesh import init_mesh
+    from unicom_dist.parallel.precision import with_precision
     from unicom_dist.train.loop import check_ranks, train_stage
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
-    mesh = init_mesh(config.parallel.timeout_s)
+    mesh = init_mesh(timeout_s=config.parallel.timeout_s)
+    config = with_precision(config, mesh)
     check_ranks(config, mesh)
     for name in names:
         train_stage(config, config.stage(name), mesh, stop, terminal)
