@@ -42,6 +42,7 @@ from unicom_dist.data.npy import read_npy, to_tensor, write_npy
 from unicom_dist.data.tar import Shard, ShardWriter, replace_file
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.compressor import Compressor
+from unicom_dist.tracking.metrics import MetricsWriter, read_metrics
 
 log = logging.getLogger(__name__)
 PART = "latent"
@@ -144,7 +145,7 @@ def run(config: Config) -> list[Manifest]:
     """Compress what is not compressed yet, write the statistics, and return the manifests.
 
     CheckpointError: no usable codec. DataError: no features, features of another encoder than the codec's.
-    PreflightError: as for features.
+    PreflightError: as for features. The run's metrics say when the recipe's latents stage was worked on and done.
     """
     run_dir = Path(config.run_dir)
     stage = next((stage.name for stage in reversed(config.stages) if stage.kind == "codec"), "codec")
@@ -167,6 +168,7 @@ def run(config: Config) -> list[Manifest]:
         _forget_other_codecs(sets, ledger, fingerprint)
         todo = unfinished(sets, ledger, fingerprint)
         if todo:
+            _note_state(config, "running")
             try:
                 _compress_all(config, codec, sets, ledger, todo, fingerprint)
             finally:
@@ -177,6 +179,7 @@ def run(config: Config) -> list[Manifest]:
     if settings.get("stats") != stats.to_json():
         settings["stats"] = stats.to_json()
         replace_file(codec / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+    _note_state(config, "done")
     for part, manifest in zip(sets, manifests, strict=True):
         state = "written" if any(task in part.tasks for task in todo) else "already there"
         log.info("%s: latents of %d images, %.1f MB, %s", part.name, manifest.samples, manifest.bytes / 1e6, state)
@@ -211,6 +214,15 @@ def _compress_all(
             record(ledger, task, result, fingerprint, str(codec))
             finished += task.samples
             progress.update(finished)
+
+
+def _note_state(config: Config, state: str) -> None:
+    """Record the state of the recipe's latents stage in metrics.jsonl, unless that is what it says already."""
+    stage = next((stage.name for stage in config.stages if stage.kind == "latents"), "")
+    said = [r.values.get("state") for r in read_metrics(config.run_dir) if r.kind == "stage" and r.stage == stage]
+    if stage and (state == "running" or said[-1:] != [state]):
+        with MetricsWriter(config.run_dir) as metrics:
+            metrics.log(stage, 0, {"state": state}, kind="stage")
 
 
 def _forget_other_codecs(sets: Sequence[PartSet], ledger: Ledger, fingerprint: str) -> None:

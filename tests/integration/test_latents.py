@@ -18,6 +18,7 @@ from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.testing.tiny_run import tiny_codec, write_tiny_weights
+from unicom_dist.tracking.metrics import read_metrics
 
 
 def write_features(config: Config) -> None:
@@ -94,6 +95,8 @@ def test_a_second_run_writes_nothing_and_another_codec_replaces_the_latents(conf
     before = [path.read_bytes() for path in files]
     latents.run(config)
     assert [path.stat().st_mtime_ns for path in files] == stamps
+    states = [(r.kind, r.stage, r.values["state"]) for r in read_metrics(run)]
+    assert states == [("stage", "latents", "running"), ("stage", "latents", "done")]
     first = Manifest.read(run / "latents" / "train", "latent").fingerprint
     write_tiny_weights(config, dtype=torch.bfloat16)
     latents.run(config)

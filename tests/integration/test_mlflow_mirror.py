@@ -141,6 +141,19 @@ def test_a_crash_between_sending_and_remembering_sends_nothing_twice(run_dir: Pa
     assert history(run_dir, "codec") == [(step, 1 / step) for step in range(1, 21)]
 
 
+def test_a_finished_stage_is_closed_and_keeps_the_first_value_of_a_parameter(run_dir: Path) -> None:
+    log_steps(run_dir, 1, 2)
+    with MetricsWriter(run_dir) as writer:
+        for peak in (4e11, 5e11):  # measured again after a resume
+            writer.log("codec", 2, {"mfu_peak_flops_per_s": peak, "mfu_peak_source": "measured"}, kind="params")
+        writer.log("codec", 2, {"state": "done"}, kind="stage")
+    assert MlflowRuns(run_dir, tracking_uri(run_dir, TrackingConfig()), "unicom").send()
+    parent, stage = (client(run_dir).get_run(run_ids(run_dir)[name]) for name in ("", "codec"))
+    assert (parent.info.status, stage.info.status) == ("RUNNING", "FINISHED")
+    assert stage.data.params["mfu_peak_flops_per_s"] == "400000000000.0"
+    assert stage.data.params["mfu_peak_source"] == "measured"
+
+
 def test_half_a_line_waits_for_its_end(run_dir: Path) -> None:
     log_steps(run_dir, 1, 2)
     whole = (run_dir / "metrics.jsonl").read_bytes()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from training_run import losses, tiny_run, write_stats
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
+from unicom_dist.data import overview
 from unicom_dist.parallel.mesh import Axis, Mesh
 from unicom_dist.testing.distributed import run_ranks
 from unicom_dist.tracking.metrics import read_metrics
@@ -48,6 +49,33 @@ def test_each_step_is_logged_once_and_evaluated_on_held_out_data(finished):
         held_out = [r for r in records if r.stage == stage and r.kind == "eval"]
         assert {"loss/flow@0.3", "loss/flow@0.7"} <= held_out[-1].values.keys()
         assert ("loss/text" in held_out[-1].values) == (stage != "codec")
+
+
+def test_the_end_of_a_stage_and_the_yardstick_of_its_mfu_are_recorded(finished):
+    config, _ = finished
+    records = read_metrics(config.run_dir)
+    for stage in STAGES:
+        of_stage = [record for record in records if record.stage == stage]
+        assert (of_stage[-1].kind, of_stage[-1].step) == ("stage", config.stage(stage).steps)
+        assert of_stage[-1].values == {"state": "done"}
+        (yardstick,) = [record.values for record in of_stage if record.kind == "params"]
+        assert yardstick["mfu_peak_flops_per_s"] > 0
+        assert "measured" in yardstick["mfu_peak_source"]
+
+
+def test_picture_grids_say_what_they_show(finished):
+    config, _ = finished
+    captions = set(overview.preview(config.data.path, "heldout", 100)[1])
+    for stage in STAGES:
+        path = max((Path(config.run_dir) / "samples" / stage).glob("*.json"))
+        content = json.loads(path.read_text())
+        assert (content["stage"], content["step"]) == (stage, config.stage(stage).steps)
+        if stage == "codec":
+            assert content["kind"] == "reconstructions"
+            assert set(content["labels"][1::2]) == {"reconstructed"}
+            assert set(content["labels"][::2]) <= captions
+        else:
+            assert (content["kind"], content["labels"]) == ("prompts", config.sample.prompts)
 
 
 def test_a_second_start_skips_what_is_finished(finished):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.tracking import report
-from unicom_dist.tracking.metrics import MetricsWriter
+from unicom_dist.tracking.metrics import MetricsWriter, Record
 from unicom_dist.tracking.report.charts import Axis, Line, chart, number, smooth
 from unicom_dist.tracking.report.data import load_run
 from unicom_dist.tracking.report.html import Markup, tag, text
@@ -37,7 +37,8 @@ def make_run(folder: Path, name: str = "first") -> Path:
             pictures.mkdir(parents=True)
             for step in (20, 60):
                 Image.new("RGB", (40, 20), (step, 0, 0)).save(pictures / f"step-{step:06d}.png")
-                details = {"step": step, "stage": stage, "prompts": [EVIL, "red apple"]}
+                kind = "reconstructions" if stage == "codec" else "prompts"
+                details = {"kind": kind, "step": step, "stage": stage, "labels": [EVIL, "red apple"]}
                 (pictures / f"step-{step:06d}.json").write_text(json.dumps(details))
     row = {
         "metric": "PSNR", "split": "held-out", "value": 21.5, "ci": [21.0, 22.0], "n": 8, "better": "higher",
@@ -203,6 +204,27 @@ def test_numbers_read_well() -> None:
     assert [number(v) for v in (0.0, 12.5, 0.03125, 3.1e-5, 45678.0, 2.5e6)] == [
         "0", "12.5", "0.03125", "3.10e-05", "45.68k", "2.5M",
     ]  # fmt: skip
+
+
+def test_mfu_stands_beside_its_peak_and_a_long_last_record_is_work(tmp_path: Path) -> None:
+    lines = [
+        Record("latents", 0, "stage", {"state": "running"}, 1000.0),
+        Record("latents", 0, "stage", {"state": "done"}, 8200.0),
+        Record("codec", 1, "train", {"mfu": 0.125}, 9000.0),
+        Record("codec", 2, "params", {"mfu_peak_flops_per_s": 4e11, "mfu_peak_source": "a measured GEMM"}, 9001.0),
+        Record("codec", 2, "train", {"mfu": 0.125}, 99000.0),  # a pause
+        Record("codec", 2, "stage", {"state": "done"}, 99010.0),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(line.to_json() + "\n" for line in lines))
+    write_status(tmp_path, "done")
+    stages = load_run(tmp_path).stages
+    assert {name: (stage.state, stage.busy_s) for name, stage in stages.items()} == {
+        "latents": ("done", 7200.0),
+        "codec": ("done", 11.0),
+    }
+    html = report.run([tmp_path]).read_text()
+    assert "12.5 % of 400 GFLOP/s" in html
+    assert "a measured GEMM" in html
 
 
 def test_few_of_many_steps_with_the_first_and_the_last(tmp_path: Path) -> None:

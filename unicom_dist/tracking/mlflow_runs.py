@@ -146,6 +146,8 @@ class MlflowRuns:
             self._state["last_time"][stage] = self._state["last_time"][PARENT] = at_ms
             if record.kind in NUMERIC_KINDS:
                 batches.setdefault(stage, []).extend(_metrics(record, at_ms))
+            elif record.kind == "params":
+                self._add_params(stage, record.values)
             elif record.kind == "stage" and record.values.get("state") in _END:
                 self._send_batches(batches)
                 self._close(stage, _END[record.values["state"]])
@@ -153,6 +155,13 @@ class MlflowRuns:
         self._state["offset"] = offset + len(data)
         self._save()
         return bool(path.stat().st_size == self._state["offset"])
+
+    def _add_params(self, stage: str, values: dict[str, Any]) -> None:
+        """Parameters found out while the stage ran. MLflow's never change: the first start of a stage names them."""
+        run_id = self._run(stage)
+        known = self._client.get_run(run_id).data.params
+        new = [Param(_name(key), _text(value)) for key, value in values.items() if _name(key) not in known]
+        self._client.log_batch(run_id, params=new)
 
     def _send_batches(self, batches: dict[str, list[Metric]]) -> None:
         for stage, metrics in batches.items():

@@ -3,11 +3,15 @@
 Both are drawn on rank 0 with the averaged weights; prompts, seed and solver come from the recipe's `sample` section.
 """
 
+from collections.abc import Sequence
+
 import torch
 from PIL import Image
 
+from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config
 from unicom_dist.data.loader import heldout_codec_batches
+from unicom_dist.data.pairs import captions_of, open_set, spread
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import Codec, LatentStats
 from unicom_dist.models.transfusion import Transfusion
@@ -21,7 +25,7 @@ RECONSTRUCTIONS = 16
 
 @torch.no_grad()
 def draw_reconstructions(config: Config, codec: Codec) -> tuple[Image.Image, list[str]]:
-    """Held-out pictures, each followed by what the codec makes of its features; labelled with their keys."""
+    """Held-out pictures, each followed by what the codec makes of its features; labelled with their captions."""
     batch = next(heldout_codec_batches(config, 0.0, RECONSTRUCTIONS))
     encoded = codec.encode(
         batch.features.to(next(codec.parameters()).device), batch.mask.to(next(codec.parameters()).device)
@@ -33,11 +37,24 @@ def draw_reconstructions(config: Config, codec: Codec) -> tuple[Image.Image, lis
     pipeline = UniComPipeline(codec, config.encoder)
     seeds = [config.sample.seed + number for number in range(len(latents))]
     drawn = pipeline.decode(latents, seeds, config.sample.decoder_steps, config.sample.solver)
-    images, labels = [], []
-    for key, original, image in zip(batch.keys, to_pictures(batch.images), drawn, strict=True):
-        images += [original, image]
-        labels += [key, "reconstructed"]
+    images = [picture for pair in zip(to_pictures(batch.images), drawn, strict=True) for picture in pair]
+    labels = [text for caption in heldout_captions(config, batch.keys) for text in (caption, "reconstructed")]
     return picture_grid(images, labels, columns=8, title="held out: original, reconstructed"), labels
+
+
+def heldout_captions(config: Config, keys: Sequence[str]) -> list[str]:
+    """The captions of the held-out samples `keys`, which are evenly apart; the key itself where there is no caption.
+
+    Each is at its place or, where the loader had to take the next readable sample, after it.
+    """
+    pairs, captions = open_set(config, "heldout"), []
+    for first, key in zip(spread(len(keys), len(pairs)), keys, strict=True):
+        number = next(n % len(pairs) for n in range(first, first + len(pairs)) if pairs.key(n % len(pairs)) == key)
+        try:
+            captions.append(captions_of(pairs[number]).main)
+        except DataError:
+            captions.append(key)
+    return captions
 
 
 def draw_prompts(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unicom_dist.tracking.env import read_env
-from unicom_dist.tracking.metrics import Record, read_metrics
+from unicom_dist.tracking.metrics import NUMERIC_KINDS, Record, read_metrics
 from unicom_dist.tracking.rundir import RunConfig, read_config, run_folder
 from unicom_dist.tracking.status import Status, read_status
 
@@ -33,12 +33,13 @@ class Stage:
     curves: dict[str, Curve] = field(default_factory=dict)
     busy_s: float = 0.0
     last_step: int = 0
-    texts: dict[str, str] = field(default_factory=dict)  # what was recorded as text, for example `mfu_peak`
+    state: str = ""  # "done" when it reached its end
+    params: dict[str, Any] = field(default_factory=dict)  # as recorded last, for example `mfu_peak_flops_per_s`
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A picture grid: `kind` is prompts or reconstruction, `details` the JSON beside it.
+    """A picture grid: `kind` is prompts or reconstructions, `details` the JSON beside it.
 
     `step` is None for the pictures of an evaluation, which have names instead (samples/eval/heldout-prompts.png).
     """
@@ -99,15 +100,17 @@ def collect_stages(records: list[Record], planned: list[str]) -> dict[str, Stage
     for record in records:
         stage = stages.setdefault(record.stage, Stage(record.stage))
         stage.last_step = max(stage.last_step, record.step)
-        if record.kind != "resume" and 0 < record.time - last_time.get(record.stage, math.inf) < gap_s:
+        if record.kind == "stage":
+            stage.state = str(record.values.get("state", ""))
+        elif record.kind == "params":
+            stage.params |= record.values
+        longest_s = math.inf if stage.state == "done" else gap_s  # who ends a stage has worked on it until then
+        if record.kind != "resume" and 0 < record.time - last_time.get(record.stage, math.inf) < longest_s:
             stage.busy_s += record.time - last_time[record.stage]
         last_time[record.stage] = record.time
-        for name, value in record.values.items():
-            if isinstance(value, str):
-                stage.texts[name] = value
-            elif record.kind in ("train", "eval", "system"):
-                curve = stage.curves.setdefault(name, Curve())
-                (curve.heldout if record.kind == "eval" else curve.train).append((record.step, float(value)))
+        for name, value in record.values.items() if record.kind in NUMERIC_KINDS else ():
+            curve = stage.curves.setdefault(name, Curve())
+            (curve.heldout if record.kind == "eval" else curve.train).append((record.step, float(value)))
     return {name: stage for name, stage in stages.items() if stage.curves or stage.busy_s}
 
 
@@ -122,7 +125,7 @@ def find_grids(folder: Path, kinds: dict[str, str]) -> list[Grid]:
         step = details.get("step")
         step = step if isinstance(step, int) else int(digits) if digits.isdecimal() else None
         rebuilt = kinds.get(stage) == "codec" or "reconstruction" in path.stem
-        kind = details.get("kind") or ("reconstruction" if rebuilt else "prompts")
+        kind = details.get("kind") or ("reconstructions" if rebuilt else "prompts")
         grids.append(Grid(path, stage, step, str(kind), details))
     return sorted(grids, key=lambda g: (order.get(g.stage, len(order)), g.stage, g.kind, g.step or 0, g.path.name))
 

@@ -75,7 +75,7 @@ def render(runs: list[Run]) -> str:
 def _sections(runs: list[Run]) -> list[tuple[str, str, Markup | None]]:
     return [
         ("pictures", "Pictures drawn from prompts", _per_run(runs, [pictures(run, "prompts") for run in runs])),
-        ("reconstructions", "Reconstructions", _per_run(runs, [pictures(run, "reconstruction") for run in runs])),
+        ("reconstructions", "Reconstructions", _per_run(runs, [pictures(run, "reconstructions") for run in runs])),
         ("captions", "Captions", _per_run(runs, [captions(run) for run in runs])),
         ("evaluation", "Evaluation", tables.evaluation(runs)),
         ("curves", "Curves", curves(runs)),

@@ -44,8 +44,8 @@ def _figure(grid: Grid, lead: bool = False) -> Markup | None:
     source = embed(grid)
     if source is None:
         return None
-    prompts = grid.details.get("prompts")
-    names = ", ".join(str(p) for p in prompts) if isinstance(prompts, list) else ""
+    labels = grid.details.get("labels")
+    names = ", ".join(str(label) for label in labels) if isinstance(labels, list) else ""
     at = f"step {grid.step}" if grid.step is not None else grid.path.stem.replace("-", " ")
     where = f"{grid.stage}, {at}" if lead else at
     return tag("figure", tag("img", src=source, alt=f"{where}: {names}"), tag("figcaption", where))

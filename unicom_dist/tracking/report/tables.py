@@ -77,19 +77,21 @@ def throughput(runs: list[Run]) -> Markup | None:
             for name in ("tokens_per_s", "latents_per_s", "images_per_s"):
                 rate = _median(curves, name)
                 cells.append(number(float(f"{rate:.3g}")) if rate else "")
-            cells.append("" if mfu is None else f"{100 * mfu:.1f} %")
+            peak = stage.params.get("mfu_peak_flops_per_s")
+            of = f" of {number(peak / 1e9)} GFLOP/s" if isinstance(peak, int | float) else ""
+            cells.append("" if mfu is None else f"{100 * mfu:.1f} %{of}")
             cells.append("" if wait_s is None or not step_s else f"{100 * wait_s / step_s:.1f} %")
             rows.append([*([run.name] if many else []), *cells])
-            peak = stage.texts.get("mfu_peak")
-            if peak and peak not in sources:
-                sources.append(peak)
+            source = stage.params.get("mfu_peak_source")
+            if source and source not in sources:
+                sources.append(str(source))
     if not rows:
         return None
     head: list[Child] = ["stage", "steps", "time", "step", "tokens/s", "latents/s", "images/s", "MFU", "data wait"]
     first = 2 if many else 1
     body = table([*(["run"] if many else []), *head], rows, tuple(range(first, first + 8)))
     note = "Medians over a stage; time without pauses between starts. MFU counts visible pairs only"
-    return join(body, tag("p", f"{note}{'; peak: ' + '; '.join(sources) if sources else ''}."))
+    return join(body, tag("p", f"{note}{'; its peak per rank: ' + '; '.join(sources) if sources else ''}."))
 
 
 def _median(curves: dict[str, Curve], name: str) -> float | None:
