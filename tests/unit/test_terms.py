@@ -39,15 +39,15 @@ def prior_step(labels: int, latents: int, seed: int = 0) -> tuple[tuple[torch.Te
         label_sample=none,
         latent_sample=none,
     )
-    logits = torch.randn(labels, 9, generator=draw).requires_grad_()
-    return (logits, torch.randn(latents, 4, generator=draw).requires_grad_()), batch
+    losses = torch.rand(labels, generator=draw).requires_grad_()
+    return (losses, torch.randn(latents, 4, generator=draw).requires_grad_()), batch
 
 
 def test_prior_loss_is_the_weighted_sum_of_means() -> None:
-    (logits, velocity), batch = prior_step(6, 10)
-    expected = 1.5 * torch.nn.functional.cross_entropy(logits, batch.label_ids)
+    (losses, velocity), batch = prior_step(6, 10)
+    expected = 1.5 * losses.mean()
     expected = expected + 5.0 * (velocity - (batch.latents - batch.noise)).square().mean()
-    terms = prior_terms((logits, velocity), batch, STAGE)
+    terms = prior_terms((losses, velocity), batch, STAGE)
     torch.testing.assert_close(total(terms, prior_counts(batch)), expected)
 
 
@@ -57,15 +57,15 @@ def test_prior_gradients_do_not_depend_on_the_cut() -> None:
     counts = {"text": 6, "flow": 12}
     for outputs, batch in pieces:
         (total(prior_terms(outputs, batch, STAGE), counts, replicas=2) / 2).backward()
-    logits, velocity = (torch.cat([outputs[i].detach() for outputs, _ in pieces]).requires_grad_() for i in (0, 1))
+    losses, velocity = (torch.cat([outputs[i].detach() for outputs, _ in pieces]).requires_grad_() for i in (0, 1))
     whole = replace(
         pieces[0][1],
         label_ids=torch.cat([batch.label_ids for _, batch in pieces]),
         latents=torch.cat([batch.latents for _, batch in pieces]),
         noise=torch.cat([batch.noise for _, batch in pieces]),
     )
-    total(prior_terms((logits, velocity), whole, STAGE), counts).backward()
-    torch.testing.assert_close(torch.cat([outputs[0].grad for outputs, _ in pieces]), logits.grad)
+    total(prior_terms((losses, velocity), whole, STAGE), counts).backward()
+    torch.testing.assert_close(torch.cat([outputs[0].grad for outputs, _ in pieces]), losses.grad)
     torch.testing.assert_close(torch.cat([outputs[1].grad for outputs, _ in pieces]), velocity.grad)
 
 

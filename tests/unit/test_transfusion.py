@@ -9,6 +9,7 @@ import torch
 from unicom_dist.config.errors import ConfigError, DataError
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models import attention, transfusion
+from unicom_dist.models.attention import AttentionPlan
 from unicom_dist.models.segments import PackedBatch, Segment
 from unicom_dist.models.transfusion import Transfusion
 
@@ -77,6 +78,12 @@ def model(config: PriorConfig = CONFIG) -> Transfusion:
     return built
 
 
+def logits_of(network: Transfusion, batch: PackedBatch) -> torch.Tensor:
+    """[Y, V] at the labels."""
+    plan = AttentionPlan.build(batch.segments, network.dtype)
+    return network.backbone.lm_head.logits(network.hidden(batch, plan)[batch.label_index])
+
+
 MIXED = [
     [("text", 5), ("latent", 4), ("text", 6)],
     [("feature", 6), ("text", 4)],
@@ -88,10 +95,10 @@ MIXED = [
 @torch.no_grad()
 def test_later_text_never_reads_noised_latents() -> None:
     batch, network = packed(MIXED), model()
-    logits, velocity = network(batch)
+    losses, velocity = network(batch)
     changed = replace(batch, latents=batch.latents + 3, noise=batch.noise * 2, t=1 - batch.t)
-    logits_after, velocity_after = network(changed)
-    assert torch.equal(logits, logits_after)
+    losses_after, velocity_after = network(changed)
+    assert torch.equal(losses, losses_after)
     assert (velocity - velocity_after).abs().amin(1).max() > 1e-3
 
 
@@ -126,11 +133,11 @@ def test_latents_of_an_image_read_each_other_and_the_text_before() -> None:
 @torch.no_grad()
 def test_features_reach_the_text_after_them_and_no_other_sample() -> None:
     batch, network = packed(MIXED), model()
-    logits, _ = network(batch)
+    losses, _ = network(batch)
     features = batch.features.clone()
     features[:6] += 1
     after, _ = network(replace(batch, features=features))
-    touched = (logits != after).any(1)
+    touched = losses != after
     assert torch.equal(touched, batch.label_sample == 1)
 
 
@@ -138,17 +145,18 @@ def test_features_reach_the_text_after_them_and_no_other_sample() -> None:
 def test_a_sample_is_read_alike_alone_and_packed() -> None:
     network = model()
     both = packed([MIXED[0], MIXED[0]])
-    logits, velocity = network(both)
+    losses, velocity = network(both)
     alone = packed([MIXED[0]])
     alone = replace(
         alone,
         token_ids=both.token_ids[11:],
+        label_ids=both.label_ids[9:],
         latents=both.latents[4:],
         noise=both.noise[4:],
         t=both.t[4:],
     )
-    logits_alone, velocity_alone = network(alone)
-    torch.testing.assert_close(logits[9:], logits_alone, rtol=1e-9, atol=1e-9)
+    losses_alone, velocity_alone = network(alone)
+    torch.testing.assert_close(losses[9:], losses_alone, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(velocity[4:], velocity_alone, rtol=1e-5, atol=1e-6)
 
 
@@ -162,8 +170,8 @@ def test_swapping_two_places_of_an_image_changes_the_velocity() -> None:
 @pytest.mark.parametrize("samples", [[[("text", 4)]], [[("feature", 4)]], [[("latent", 4)]]])
 def test_every_weight_gets_a_gradient_whatever_the_modality(samples: list[list[Piece]]) -> None:
     network = model()
-    logits, velocity = network(packed(samples))
-    (logits.sum() + velocity.double().square().sum()).backward()
+    losses, velocity = network(packed(samples))
+    (losses.sum() + velocity.double().square().sum()).backward()
     missing = [name for name, parameter in network.named_parameters() if parameter.grad is None]
     assert missing == []
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
@@ -171,8 +179,8 @@ def test_every_weight_gets_a_gradient_whatever_the_modality(samples: list[list[P
 
 def test_an_absent_modality_leaves_its_weights_alone() -> None:
     network = model()
-    logits, velocity = network(packed([[("text", 4)]]))
-    (logits.square().sum() + velocity.sum()).backward()
+    losses, velocity = network(packed([[("text", 4)]]))
+    (losses.square().sum() + velocity.sum()).backward()
     for name, parameter in network.named_parameters():
         if not name.startswith("backbone."):
             assert not parameter.grad.any(), name
@@ -181,8 +189,8 @@ def test_an_absent_modality_leaves_its_weights_alone() -> None:
 def test_gradients_equal_autograd_without_the_fast_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradients() -> list[torch.Tensor]:
         network = model()
-        logits, velocity = network(packed(MIXED))
-        (logits.square().sum() + velocity.double().square().sum()).backward()
+        losses, velocity = network(packed(MIXED))
+        (losses.square().sum() + velocity.double().square().sum()).backward()
         return [parameter.grad for parameter in network.parameters()]
 
     fast = gradients()
@@ -201,10 +209,11 @@ def test_fresh_flow_head_predicts_zero() -> None:
 
 def test_bfloat16_weights_take_float32_batches() -> None:
     network = Transfusion(CONFIG, VOCABULARY, LATENT, FEATURE, seed=1)
-    exact = network(packed(MIXED))[0]
-    rough = network.bfloat16()(packed(MIXED))[0]
+    exact = logits_of(network, packed(MIXED))
+    rough = logits_of(network.bfloat16(), packed(MIXED))
     assert rough.dtype == torch.bfloat16
     assert (rough.float() - exact).norm() / exact.norm() < 0.03
+    assert [out.dtype for out in network(packed(MIXED))] == [torch.float32] * 2
 
 
 def test_connector_stage_moves_all_but_the_backbone() -> None:
@@ -259,7 +268,7 @@ def test_greedy_text_equals_reading_everything_again_for_each_token() -> None:
                 features=prefixes.features[: 4 * (number == 0)],
                 label_index=torch.tensor([len(ids) - 1 + 4 * (number == 0)]),
             )
-            assert network(again)[0].argmax().item() == token
+            assert logits_of(network, again).argmax().item() == token
             ids.append(token)
 
 

@@ -22,7 +22,6 @@ from unicom_dist.evaluate.rows import Row, measure
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.objective.flow import interpolate, squared_error
-from unicom_dist.objective.language import cross_entropy
 from unicom_dist.sample.loading import LoadedPrior
 
 NOTE = "Flow loss: mean over the fixed times; the linear guess knows the latents' mean and variance."
@@ -109,12 +108,12 @@ def caption_row(config: Config, stage: str, prior: LoadedPrior, untrained: Trans
     model, fresh, plain = PerSample(), PerSample(), PerSample()
     with torch.no_grad():
         for batch in batches:
-            for losses, logits in (
+            for losses, found in (
                 (model, prior.model(batch)[0]),
                 (fresh, untrained(batch)[0]),
-                (plain, frequencies.expand(len(batch.label_ids), -1)),
+                (plain, -frequencies.to(batch.label_ids.device)[batch.label_ids]),
             ):
-                losses.add(cross_entropy(logits, batch.label_ids), batch.label_sample, len(batch.keys))
+                losses.add(found, batch.label_sample, len(batch.keys))
     trivial = ("unigram", plain.mean)
     return measure(
         "caption loss (nats/token)", f"heldout, {stage}", model.sums, "lower", model.counts, fresh.mean, trivial

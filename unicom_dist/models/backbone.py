@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models.attention import Attend, AttentionPlan
+from unicom_dist.models.head import LanguageHead
 from unicom_dist.models.init import initialise
 from unicom_dist.models.layers import GatedMlp, RMSNorm, rotary_angles, rotate
 from unicom_dist.models.segments import Segment
@@ -85,7 +86,7 @@ class Qwen2(nn.Module):
     def __init__(self, config: PriorConfig, vocab_size: int, seed: int = 0, prefix: str = "") -> None:
         super().__init__()
         self.model = Decoder(config, vocab_size)
-        self.lm_head = nn.Linear(config.hidden, vocab_size, bias=False)
+        self.lm_head = LanguageHead(config.hidden, vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         initialise(self, seed, INITIAL_STD, prefix)
@@ -94,5 +95,4 @@ class Qwen2(nn.Module):
         """Logits [S, V] of a packing of text alone: token_ids and rope_positions [S]."""
         x = self.model.embed_tokens(token_ids)
         plan = AttentionPlan.build(segments, x.dtype, x.device)
-        logits: Tensor = self.lm_head(self.model(x, rope_positions, plan))
-        return logits
+        return self.lm_head.logits(self.model(x, rope_positions, plan))

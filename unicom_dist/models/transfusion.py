@@ -142,12 +142,12 @@ class Transfusion(nn.Module):
         return hidden
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Logits [Y, V] at the labels (weights' dtype) and velocity [N, d] at the latents (float32)."""
+        """Cross-entropy [Y] of the labels, nats, and velocity [N, d] at the latents, both float32."""
         plan = AttentionPlan.build(batch.segments, self.dtype, batch.rope_positions.device)
         hidden = self.hidden(batch, plan)
         rows = Take.apply(hidden, torch.cat([batch.label_index, batch.latent_index]))  # type: ignore[no-untyped-call]
         labels, latents = torch.split(rows, [batch.label_index.shape[0], batch.latent_index.shape[0]])
-        return self.backbone.lm_head(labels), self.flow_head(latents).float()
+        return self.backbone.lm_head(labels, batch.label_ids), self.flow_head(latents).float()
 
     @torch.no_grad()
     def encode_prefix(self, batch: PackedBatch) -> Prefix:
@@ -192,7 +192,7 @@ class Transfusion(nn.Module):
         texts: list[list[int]] = [[] for _ in range(prefix.last_hidden.shape[0])]
         running = set(range(len(texts)))
         for _ in range(limit):
-            logits = self.backbone.lm_head(prefix.last_hidden).float()
+            logits = self.backbone.lm_head.logits(prefix.last_hidden).float()
             if temperature > 0:
                 chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
             else:

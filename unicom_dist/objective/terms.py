@@ -15,7 +15,6 @@ from unicom_dist.config.schema import CodecConfig, StageConfig
 from unicom_dist.models.codec import CodecBatch
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.objective.flow import squared_error
-from unicom_dist.objective.language import cross_entropy
 from unicom_dist.objective.perceptual import Lpips
 
 
@@ -34,11 +33,14 @@ def prior_counts(batch: PackedBatch) -> dict[str, int]:
 
 
 def prior_terms(outputs: tuple[Tensor, Tensor], batch: PackedBatch, stage: StageConfig) -> dict[str, LossTerm]:
-    """`text`: cross-entropy per label, nats. `flow`: squared error of the velocity per latent, mean over channels."""
-    logits, velocity = outputs
+    """`text`: cross-entropy per label, nats. `flow`: squared error of the velocity per latent, mean over channels.
+
+    `outputs` of a `Transfusion`: cross-entropy [Y] and velocity [N, d].
+    """
+    label_losses, velocity = outputs
     counts = prior_counts(batch)
     return {
-        "text": LossTerm(cross_entropy(logits, batch.label_ids).sum(), counts["text"], stage.lambda_text),
+        "text": LossTerm(label_losses.sum(), counts["text"], stage.lambda_text),
         "flow": LossTerm(squared_error(velocity, batch.latents, batch.noise).sum(), counts["flow"], stage.lambda_flow),
     }
 

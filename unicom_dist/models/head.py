@@ -1,0 +1,35 @@
+"""The language head: what the model expects at the next position.
+
+Training asks for the losses of labels and never holds all logits; sampling asks for the logits of a few positions.
+Shapes: Y labels, V vocabulary, h width.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unicom_dist.parallel.cross_entropy import VocabShard, linear_cross_entropy
+
+
+class LanguageHead(nn.Module):
+    """A linear map to the vocabulary. `shard` is set where the ranks of a group hold V/t rows of the weight each."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.shard: VocabShard | None = None
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def forward(self, hidden: Tensor, label_ids: Tensor) -> Tensor:
+        """-log p(label) in nats, [Y] float32, of hidden [Y, h]. Collective over the shard's group."""
+        return linear_cross_entropy(hidden, self.weight, label_ids, self.shard)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] of hidden [..., h], in its dtype. Collective over the shard's group, and then without gradients."""
+        here = F.linear(hidden, self.weight)
+        if self.shard is None:
+            return here
+        ranks = [torch.empty_like(here) for _ in range(dist.get_world_size(self.shard.group))]
+        dist.all_gather(ranks, here.detach().contiguous(), group=self.shard.group)
+        return torch.cat(ranks, -1)[..., : self.shard.total]

@@ -1,0 +1,130 @@
+"""Cross-entropy of the next token straight from hidden states: the logits [Y, V] are never whole in memory.
+
+Rows are taken in chunks. The forward pass makes a chunk's logits once, reads loss and gradients off them, and drops
+them: three matrix products in all, as many as the plain form has. The gradients, computed for d_loss = 1, wait for the
+backward pass, which scales them. (Making the logits again in the backward pass would hold no gradient of the weight in
+between, and cost a fourth product; measured, the time is the scarcer of the two.)
+With vocabulary parallelism each rank of a group holds V/t rows of the weight; per chunk the ranks exchange two numbers
+a row.
+Shapes: Y labels of width h, V vocabulary, R rows of the weight here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+CHUNK_LOGITS = 1 << 25  # of one chunk on one rank: 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which tokens a rank's rows stand for: `first`, `first` + 1, ...; rows from `total` on are padding.
+
+    Ranks of `group` hold equally many rows, in the order of their ranks.
+    """
+
+    group: dist.ProcessGroup
+    first: int
+    total: int
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, label_ids: Tensor, shard: VocabShard | None = None) -> Tensor:
+    """-log softmax(hidden weight^T)[label] in nats: [Y] float32 (float64 from float64).
+
+    hidden [Y, h]; weight [R, h] in the same dtype; label_ids [Y] in [0, V). The softmax is in float32.
+    Under a `shard`, hidden and labels are the same on all its ranks, and so are the result and the (complete) gradient
+    of hidden. Collective over the shard's group, in forward and in backward.
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, label_ids, shard)  # type: ignore[no-untyped-call]
+        return losses
+    return _walk(hidden, weight, label_ids, shard, None, False, False)[0]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients of sum(losses) come with the losses; another d_loss scales them, or repeats the walk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, label_ids: Tensor, shard: VocabShard | None) -> Tensor:
+        losses, *gradients = _walk(hidden, weight, label_ids, shard, None, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(hidden, weight, label_ids)
+        ctx.shard, ctx.gradients = shard, gradients
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        hidden, weight, label_ids = ctx.saved_tensors
+        same_for_all = len(label_ids) < 2 or d_losses.stride(0) == 0  # a broadcast number, as the gradient of a sum is
+        if ctx.gradients is None or not same_for_all:
+            ctx.gradients = None
+            wanted = ctx.needs_input_grad[:2]
+            _, d_hidden, d_weight = _walk(hidden, weight, label_ids, ctx.shard, d_losses, *wanted)
+            return d_hidden, d_weight, None, None
+        gradients, ctx.gradients = ctx.gradients, None  # handed out once: they are scaled in place
+        for gradient in gradients:
+            if gradient is not None and len(label_ids):
+                gradient.mul_(d_losses[0])
+        return *gradients, None, None
+
+
+@torch.no_grad()
+def _walk(
+    hidden: Tensor,
+    weight: Tensor,
+    label_ids: Tensor,
+    shard: VocabShard | None,
+    d_losses: Tensor | None,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses [Y], and gradients [Y, h] and [R, h] of sum(losses d_losses) (None = ones) where they are wanted."""
+    rows = weight.shape[0]
+    first, real = (0, rows) if shard is None else (shard.first, min(max(shard.total - shard.first, 0), rows))
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    losses = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
+    d_hidden = torch.empty_like(hidden) if want_hidden else None
+    d_weight = torch.zeros_like(weight) if want_weight else None
+    step = max(1, CHUNK_LOGITS // rows)
+    for begin in range(0, hidden.shape[0], step):
+        chunk = slice(begin, begin + step)
+        x, column = hidden[chunk], label_ids[chunk] - first
+        here = (column >= 0) & (column < real)
+        column = column.clamp(0, rows - 1)[:, None]
+        values = F.linear(x, weight).to(exact)
+        values[:, real:] = torch.finfo(exact).min  # not -inf: a rank may hold nothing but padding
+        target = values.gather(1, column)[:, 0].masked_fill_(~here, 0.0)
+        largest = values.amax(-1)
+        values.sub_(largest[:, None]).exp_()
+        log_sum, target = _over_ranks(values.sum(-1).log_().add_(largest), target, shard)
+        losses[chunk] = log_sum - target
+        if not (want_hidden or want_weight):
+            continue
+        scale = torch.ones_like(losses[chunk]) if d_losses is None else d_losses[chunk].to(exact)
+        values.mul_(((largest - log_sum).exp_() * scale)[:, None])  # softmax, of this rank's rows
+        values.scatter_add_(1, column, (-scale * here)[:, None])
+        d_logits = values.to(weight.dtype)
+        del values
+        if d_hidden is not None:
+            torch.mm(d_logits, weight, out=d_hidden[chunk])
+        if d_weight is not None:
+            d_weight.addmm_(d_logits.T, x)
+    if d_hidden is not None and shard is not None:
+        dist.all_reduce(d_hidden, group=shard.group)
+    return losses, d_hidden, d_weight
+
+
+def _over_ranks(log_sum: Tensor, target: Tensor, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
+    """Log of the sum of exponentials, and the label's logit (0 where it is another rank's), over the whole vocabulary."""
+    if shard is None:
+        return log_sum, target
+    mine = torch.stack([log_sum, target])
+    ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(ranks, mine, group=shard.group)
+    every = torch.stack(ranks)
+    return every[:, 0].logsumexp(0), every[:, 1].sum(0)
