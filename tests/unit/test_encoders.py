@@ -1,11 +1,13 @@
 """Encoders against their references, and what they say about foreign weights. One process, about 10 s."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fetched import fetched, published
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -13,12 +15,10 @@ from torch import nn
 from unicom_dist.config.errors import ConfigError
 from unicom_dist.config.schema import EncoderConfig
 from unicom_dist.models.encoders import build_encoder, encoder_fingerprint, encoder_shape
-from unicom_dist.models.encoders.efficientnet import EfficientNetLite2
+from unicom_dist.models.encoders.efficientnet import EfficientNetEncoder, EfficientNetLite2
 from unicom_dist.models.encoders.folding import fold_batch_norm
 from unicom_dist.models.encoders.resnet import STAGES, ResNet50, load_resnet50
 from unicom_dist.models.encoders.siglip2 import naflex_grid
-
-ASSETS = Path("assets")
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -159,6 +159,65 @@ def test_efficientnet_grid_and_size() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 6_092_072 - 1_281_000 - norms
 
 
+# Block, and cells per token side; with 24 to 352 channels per cell every level fills its part of the 1280.
+LEVELS = ((20, 1, 352), (14, 2, 120), (10, 2, 88), (3, 2, 24))
+
+
+def pyramid_by_hand(blocks: nn.ModuleList, run: Callable[[], object], rows: int, columns: int) -> torch.Tensor:
+    """Tokens [B, rows x columns, 1280] from what `blocks` put out while `run()` goes through the network.
+
+    Each level averaged to cells of equal size; a token holds its cells channel by channel, normalised level by level.
+    """
+    maps: dict[int, torch.Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            maps[number] = output.float().clone()
+
+        return hook
+
+    handles = [blocks[number].register_forward_hook(keep(number)) for number, *_ in LEVELS]
+    with torch.inference_mode():
+        run()
+    for handle in handles:
+        handle.remove()
+    levels = []
+    for number, side, channels in LEVELS:
+        batch, width, high, wide = maps[number].shape
+        assert width == channels
+        cut = maps[number].reshape(
+            batch, width, rows, side, high // rows // side, columns, side, wide // columns // side
+        )
+        tokens = cut.mean((4, 7)).permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, width * side * side)
+        mean, var = tokens.mean(-1, keepdim=True), tokens.var(-1, correction=0, keepdim=True)
+        levels.append((tokens - mean) / torch.sqrt(var + 1e-5))
+    return torch.cat(levels, -1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (128, 32)])
+def test_the_pyramid_is_what_four_blocks_of_the_plain_network_put_out(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    model = EfficientNetLite2().eval()
+    images = torch.randn(2, 3, height, width)
+    expected = pyramid_by_hand(model.blocks, lambda: model(images), height // 32, width // 32)
+    with torch.inference_mode():
+        got = model.pyramid(images)
+    assert got.shape == (2, 1280, height // 32, width // 32)
+    torch.testing.assert_close(got.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pyramid_of_the_published_weights_is_that_of_its_blocks() -> None:
+    folder = fetched("efficientnet-lite2")
+    config = EncoderConfig(kind="efficientnet-lite2", path=str(folder), image_px=64)
+    plain, pyramid = build_encoder(config, "cpu"), build_encoder(config.model_copy(update={"levels": "pyramid"}), "cpu")
+    prepared = [pyramid.preprocess(picture(*size, seed)) for seed, size in enumerate([(64, 64), (90, 40)])]
+    assert isinstance(plain, EfficientNetEncoder)
+    expected = pyramid_by_hand(plain._model.blocks, lambda: plain.encode(prepared), 2, 2)
+    for row, (features, grid) in enumerate(pyramid.encode(prepared)):
+        assert grid == (2, 2)
+        np.testing.assert_allclose(features, expected[row], rtol=1e-4, atol=1e-4)
+
+
 def test_efficientnet_refuses_other_weights_and_sizes(tmp_path: Path) -> None:
     save_file({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="does not hold efficientnet-lite2 weights"):
@@ -238,12 +297,10 @@ def test_resnet50_refuses_a_folder_without_its_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_efficientnet_equals_the_published_implementation() -> None:
-    reference_module = pytest.importorskip("efficientnet_lite_pytorch")
+    reference_module = published("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
     from safetensors.torch import load_file
 
-    folder = ASSETS / "efficientnet-lite2"
-    if not folder.is_dir():
-        pytest.skip("run `unicom data fetch` first")
+    folder = fetched("efficientnet-lite2")
     reference = reference_module.EfficientNet.from_name("efficientnet-lite2").eval()
     reference.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     encoder = build_encoder(EncoderConfig(kind="efficientnet-lite2", path=str(folder)), "cpu")
@@ -259,10 +316,8 @@ def test_efficientnet_equals_the_published_implementation() -> None:
 def test_resnet50_knows_a_cat() -> None:
     from safetensors.torch import load_file
 
-    data = pytest.importorskip("skimage.data")
-    folder = ASSETS / "resnet50"
-    if not folder.is_dir():
-        pytest.skip("run `unicom data fetch` first")
+    data = published("skimage.data", "scikit-image")
+    folder = fetched("resnet50")
     image = Image.fromarray(data.chelsea()).resize((224, 224))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     weights = load_file(folder / "model.safetensors")

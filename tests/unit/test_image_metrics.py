@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from fetched import published
 
 from unicom_dist.evaluate.image_metrics import psnr, ssim
 from unicom_dist.evaluate.intervals import bootstrap, weighted_mean
@@ -27,7 +28,7 @@ def test_equal_pictures_reach_the_best_values():
 
 
 def test_ssim_equals_scikit_image():
-    structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
+    structural_similarity = published("skimage.metrics", "scikit-image").structural_similarity
     images, references = pictures(1, px=29), 0.5 * pictures(1, px=29) + 0.5 * pictures(2, px=29)
     expected = [
         structural_similarity(
@@ -45,7 +46,7 @@ def test_ssim_equals_scikit_image():
 
 
 def test_psnr_equals_scikit_image():
-    peak_signal_noise_ratio = pytest.importorskip("skimage.metrics").peak_signal_noise_ratio
+    peak_signal_noise_ratio = published("skimage.metrics", "scikit-image").peak_signal_noise_ratio
     a, b = pictures(3), pictures(4)
     expected = [peak_signal_noise_ratio(y.numpy(), x.numpy(), data_range=1.0) for x, y in zip(a, b, strict=True)]
     assert psnr(a, b).tolist() == pytest.approx(expected, abs=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fetched import published
 from safetensors.torch import save_file
 from torch import nn
 
@@ -47,7 +48,7 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(sys.modules, "torchvision.models", models)
     for name in [name for name in sys.modules if name.split(".")[0] == "lpips"]:
         monkeypatch.delitem(sys.modules, name)
-    yield pytest.importorskip("lpips").LPIPS
+    yield published("lpips", "lpips").LPIPS
     for name in [name for name in sys.modules if name.split(".")[0] == "lpips"]:
         del sys.modules[name]
 

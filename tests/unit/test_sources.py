@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from fetched import fetched
 from PIL import Image
 
 from pipelines.sources import Record, key_of, open_source
@@ -195,8 +196,7 @@ def test_emoji_have_names_and_keywords_and_no_skin_tones(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_fetched_emoji_are_1868() -> None:
-    if not Path("assets/fluent-emoji").is_dir():
-        pytest.skip("run `unicom data fetch` first")
+    fetched("fluent-emoji")
     found = open_source(DataConfig())
     assert len(found.records) == 1868
     assert not found.skipped
