@@ -42,14 +42,14 @@ class Pipeline:
         pairs = {*ring, *((target, source) for source, target in ring)} if axis.size > 1 else set()
         self._channels = Channels(axis, device, sorted(pairs))
 
-    def run(self, stage: Stage, boundaries: Sequence[Sequence[Boundary]]) -> None:
-        """All forwards and backwards of a step. boundaries: by micro-batch, the same on every rank.
+    def run(self, stage: Stage, boundaries: Sequence[Sequence[Boundary]], backward: bool = True) -> None:
+        """All forwards and backwards of a step (or the forwards alone). boundaries: by micro-batch, the same everywhere.
 
         ValueError when the stage hands out other tensors than the boundary's.
         """
         arriving: dict[Action, Arrival] = {}
         made: Gradients = ()
-        for instruction in _programs(self._schedule, self._axis.size, len(boundaries), self._chunks)[self._axis.rank]:
+        for instruction in self._instructions(len(boundaries), backward):
             if isinstance(instruction, Receive):
                 source, _, action = instruction.message
                 arriving[action] = self._channels.receive(source, _sent(action, boundaries[action.micro]))
@@ -64,6 +64,10 @@ class Pipeline:
             else:
                 made = self._compute(stage, instruction, arriving.pop(instruction, None), boundaries)
         self._channels.finish()
+
+    def _instructions(self, micros: int, backward: bool) -> list[Instruction]:
+        schedule = self._schedule if backward else "forward"
+        return _programs(schedule, self._axis.size, micros, self._chunks)[self._axis.rank]
 
     def _compute(
         self, stage: Stage, action: Action, arrival: Arrival | None, boundaries: Sequence[Sequence[Boundary]]

@@ -100,8 +100,14 @@ def zero_bubble(ranks: int, micros: int) -> Actions:
     return actions
 
 
+def forward_only(ranks: int, micros: int, chunks: int = 1) -> Actions:
+    """Forward passes alone, in the order of `interleaved`: for losses on held-out data."""
+    forwards = [(chunk, i) for part in _rounds(ranks, micros) for chunk in range(chunks) for i in part]
+    return [[Action("F", *forward) for forward in forwards] for _ in range(ranks)]
+
+
 def build(name: str, ranks: int, micros: int, chunks: int = 1) -> Actions:
-    """The schedule called `name` in the configuration: gpipe, 1f1b, interleaved or zero-bubble.
+    """The schedule called `name` in the configuration (gpipe, 1f1b, interleaved or zero-bubble), or `forward`.
 
     ConfigError for an unknown name, for no micro-batch at all, and for several chunks without `interleaved`.
     """
@@ -114,6 +120,8 @@ def build(name: str, ranks: int, micros: int, chunks: int = 1) -> Actions:
         )
     if name == "interleaved":
         return interleaved(ranks, micros, chunks)
+    if name == "forward":
+        return forward_only(ranks, micros, chunks)
     simple = {"gpipe": gpipe, "1f1b": one_forward_one_backward, "zero-bubble": zero_bubble}
     if name not in simple:
         known = ", ".join(sorted([*simple, "interleaved"]))
