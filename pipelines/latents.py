@@ -6,7 +6,6 @@ training set go to `run_dir/latents/stats.json` and into the codec's config.json
 little work that Ray's start would take longer is done in this process.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -37,11 +36,12 @@ from pipelines.progress import JobProgress
 from pipelines.ray_pool import ActorPool, ray_session, resources
 from unicom_dist.config.errors import CheckpointError, DataError
 from unicom_dist.config.schema import CodecConfig, Config
-from unicom_dist.data.manifest import Manifest, sha256_of
+from unicom_dist.data.manifest import Manifest, latent_producer
 from unicom_dist.data.npy import read_npy, to_tensor, write_npy
 from unicom_dist.data.tar import Shard, ShardWriter, replace_file
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.compressor import Compressor
+from unicom_dist.models.encoders.base import fingerprint as fingerprint_of
 from unicom_dist.tracking.metrics import MetricsWriter, read_metrics
 
 log = logging.getLogger(__name__)
@@ -161,8 +161,8 @@ def run(config: Config) -> list[Manifest]:
                 "run `unicom features run` with the codec's encoder, or train the codec again",
                 DOCS,
             )
-    producer = {"codec_sha256": sha256_of(codec / "model.safetensors"), "encoder": settings["encoder_fingerprint"]}
-    fingerprint = hashlib.sha256(json.dumps(producer, sort_keys=True).encode()).hexdigest()[:32]
+    producer = latent_producer(codec / "model.safetensors", settings["encoder_fingerprint"])
+    fingerprint = fingerprint_of(producer)
     with Ledger(target / "ledger.latent.jsonl") as ledger:
         remove_leftovers(sets)
         _forget_other_codecs(sets, ledger, fingerprint)

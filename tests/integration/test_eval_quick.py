@@ -7,15 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
-from unicom_dist.config.errors import ConfigError
+from pipelines import latents
+from unicom_dist.config.errors import ConfigError, DataError
+from unicom_dist.config.explain import write_config
+from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.evaluate import quick
 from unicom_dist.evaluate.heldout import mean_picture, read_pairs, to_unit
 from unicom_dist.evaluate.losses import flow_losses, linear_guess, unigram
 from unicom_dist.evaluate.quick import Networks
+from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.models.encoders.random import CHANNELS
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.sample.loading import find_parts, load_prior
+from unicom_dist.sample.pipeline import UniComPipeline
 from unicom_dist.testing.shards import write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.testing.tiny_run import write_tiny_weights
@@ -30,6 +35,11 @@ def config(tmp_path_factory):
     config = tiny_config(folder)
     write_tiny_weights(config)
     write_tiny_sets(config, samples=20, heldout=6, feature_channels=CHANNELS, grids=((2, 2), (3, 2)))
+    for name in ("train", "heldout"):
+        manifest = Manifest.read(f"{config.data.path}/{name}", "random")
+        manifest.fingerprint = encoder_fingerprint(config.encoder)
+        manifest.write(f"{config.data.path}/{name}")
+    latents.run(config)
     return config
 
 
@@ -86,6 +96,30 @@ def test_untrained_flow_loss_is_that_of_predicting_zero(config, result):
     expected = torch.cat([(b.latents - b.noise).square().mean(1) for b in batches]).mean().item()
     row = next(row for row in rows if row.metric == "flow loss, t = 0.3")
     assert row.untrained == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_model_folder_is_measured_as_its_run_with_a_recipe_named(config, result, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    UniComPipeline.from_pretrained(config.run_dir).save_pretrained(model, torch.float32)
+    with pytest.raises(ConfigError, match="is a model folder") as caught:
+        quick.run(model, CHEAP)
+    assert "--recipe" in caught.value.remedy
+    moved = config.model_copy(update={"run_dir": str(tmp_path / "other")})  # a recipe whose run is not on this machine
+    write_config(tmp_path, moved, {})
+    rows = quick.run(model, CHEAP, recipe=tmp_path / "config.yaml", out=out)
+    last = [row for row in result[0] if not row.split.startswith("heldout, ") or row.split.endswith("sft")]
+    assert [row.as_dict() for row in rows] == [row.as_dict() for row in last]
+    assert {path.name for path in out.iterdir()} == {"eval.json", "samples"}
+
+
+def test_features_of_another_encoder_are_refused(config, result):
+    manifest = Manifest.read(f"{config.data.path}/heldout", "random")
+    manifest.model_copy(update={"fingerprint": "another"}).write(f"{config.data.path}/heldout")
+    try:
+        with pytest.raises(DataError, match="fingerprint another"):
+            quick.run(config.run_dir, CHEAP)
+    finally:
+        manifest.write(f"{config.data.path}/heldout")
 
 
 def test_missing_judge_is_named_before_anything_is_measured(config):
@@ -151,6 +185,6 @@ def test_unigram_knows_the_frequencies_of_the_training_captions(config):
 
 
 def test_mean_picture_is_the_average(config):
-    pairs = read_pairs(config, "heldout")
+    pairs = read_pairs(config, "heldout", encoder_fingerprint(config.encoder))
     expected = np.mean([np.asarray(pair.picture, float) for pair in pairs], 0)
     assert np.abs(np.asarray(mean_picture(pairs)) - expected).max() <= 0.5

@@ -74,6 +74,30 @@ def test_a_run_with_a_codec_only_reconstructs(config, tmp_path):
         draw(pipeline)
 
 
+def test_a_codec_trained_again_is_not_paired_with_the_old_prior(config, tmp_path):
+    folder = tmp_path / "runs" / "tiny" / "weights" / "codec"
+    before = load_codec(folder).content["fingerprint"]
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 1}, folder / "model.safetensors")
+    after = load_codec(folder).content["fingerprint"]
+    assert before != after
+    with pytest.raises(CheckpointError, match="do not belong together") as caught:
+        UniComPipeline.from_pretrained(config.run_dir)
+    assert caught.value.why == f"codec fingerprint: {after} in the codec, {before} in the prior"
+
+
+def test_a_codec_of_another_model_folder_is_refused(config, tmp_path):
+    UniComPipeline.from_pretrained(config.run_dir).save_pretrained(tmp_path / "one")
+    other = config.model_copy(update={"seed": 1, "run_dir": str(tmp_path / "runs" / "other")})
+    write_tiny_weights(other)
+    UniComPipeline.from_pretrained(other.run_dir).save_pretrained(tmp_path / "two")
+    (tmp_path / "one" / "codec").rename(tmp_path / "gone")
+    (tmp_path / "two" / "codec").rename(tmp_path / "one" / "codec")
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        UniComPipeline.from_pretrained(tmp_path / "one")
+
+
 def test_folders_without_a_model_say_what_to_name(config, tmp_path):
     with pytest.raises(CheckpointError, match="holds no model"):
         UniComPipeline.from_pretrained(tmp_path)

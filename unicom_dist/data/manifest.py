@@ -85,6 +85,11 @@ class Manifest(BaseModel):
         return problems
 
 
+def latent_producer(weights: Path, encoder: str) -> dict[str, str]:
+    """What makes latents: the digest of a codec's exported weights, the fingerprint of the encoder it reads."""
+    return {"codec_sha256": sha256_of(weights), "encoder": encoder}
+
+
 def sha256_of(path: Path) -> str:
     """Digest of a file, hexadecimal."""
     with path.open("rb") as file:

@@ -1,9 +1,13 @@
-"""Pictures, captions and features of a shard set, at the size the model draws."""
+"""Pictures, captions, features and latents of a shard set, at the size the model draws."""
 
 import functools
+import json
 import logging
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,12 +18,17 @@ from torch import Tensor
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config
 from unicom_dist.data.decode import decode_image, to_square
-from unicom_dist.data.npy import read_npy, to_tensor
+from unicom_dist.data.manifest import Manifest
+from unicom_dist.data.npy import read_npy, to_tensor, write_npy
 from unicom_dist.data.pairs import captions_of, grid_of, image_of, open_set
-from unicom_dist.data.shardset import ShardSet
+from unicom_dist.data.shardset import ShardSet, part_name
+from unicom_dist.data.tar import ShardWriter
 from unicom_dist.models.encoders import EncodedImage
+from unicom_dist.sample.loading import find_parts, load_codec
+from unicom_dist.sample.pictures import PictureCodec
 
 log = logging.getLogger(__name__)
+LATENT = "latent"
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,13 @@ class Pair:
         return EncodedImage(self.read_features(), self.grid)
 
 
-def read_pairs(config: Config, name: str) -> list[Pair]:
-    """All pairs of the set `name` but malformed ones, which are left out. DataError if none is left."""
-    pairs, kind, px = open_set(config, name), config.encoder.kind, config.codec.decoder.image_px
+def read_pairs(config: Config, name: str, encoder: str) -> list[Pair]:
+    """All pairs of the set `name` but malformed ones, which are left out.
+
+    DataError if none is left, or the features are not those of the encoder with the fingerprint `encoder`.
+    """
+    kind, px = config.encoder.kind, config.codec.decoder.image_px
+    pairs = open_set(config, name, expect_fingerprint={kind: encoder})
     found = []
     for number in range(len(pairs)):
         sample = pairs[number]
@@ -62,6 +75,48 @@ def read_pairs(config: Config, name: str) -> list[Pair]:
 def _features(pairs: ShardSet, number: int, kind: str) -> NDArray[np.float32]:
     sample = pairs[number]
     return to_tensor(read_npy(sample.parts[kind]["features.npy"], sample.key)).float().numpy()
+
+
+@contextmanager
+def heldout_latents(config: Config, model: Path, fingerprint: str, device: torch.device) -> Iterator[Config]:
+    """A configuration whose run directory holds the held-out latents of the codec with this fingerprint.
+
+    `config` itself where its latents are that codec's; else they are computed from the features by the codec in
+    `model`, a run directory or model folder, and removed at the end.
+    """
+    stored = Path(config.run_dir) / "latents" / "heldout"
+    if Manifest.file(stored, LATENT).is_file() and Manifest.read(stored, LATENT).fingerprint == fingerprint:
+        yield config
+        return
+    log.info("%s: no latents of this codec, computed from the features", stored)
+    codec = load_codec(find_parts(model).codec, device)
+    pictures, pairs = PictureCodec(codec.model, codec.encoder), open_set(config, "heldout")
+    with tempfile.TemporaryDirectory(prefix="unicom-eval-") as name:
+        folder = Path(name) / "latents" / "heldout"
+        folder.mkdir(parents=True)
+        manifest, number = Manifest(part=LATENT, fingerprint=fingerprint), 0
+        for shard in pairs.manifest.shards:
+            with ShardWriter(folder / part_name(shard.name, LATENT)) as writer:
+                for row in range(number, number + shard.samples):
+                    if encoded := _encoded(pairs, row, config.encoder.kind):
+                        (latents,) = pictures.encode([encoded])
+                        members = {
+                            "latent.npy": write_npy(latents.values.half().numpy()),
+                            "json": json.dumps({"grid": latents.grid}).encode(),
+                        }
+                        writer.write(pairs.key(row), members)
+            manifest.shards.append(writer.entry)
+            number += shard.samples
+        manifest.write(folder)
+        yield config.model_copy(update={"run_dir": name})
+
+
+def _encoded(pairs: ShardSet, number: int, kind: str) -> EncodedImage | None:
+    """Features of a sample; None where they are missing or malformed."""
+    try:
+        return EncodedImage(_features(pairs, number, kind), grid_of(pairs[number], kind, "features.npy"))
+    except DataError:
+        return None
 
 
 def to_unit(pictures: Sequence[Image.Image]) -> Tensor:

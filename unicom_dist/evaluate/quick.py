@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unicom_dist.config.errors import PreflightError
+from unicom_dist.checkpoint.weights import read_weights_config
+from unicom_dist.config.errors import ConfigError, PreflightError
 from unicom_dist.config.load import load_recipe
 from unicom_dist.config.schema import Config
 from unicom_dist.data.pairs import spread
 from unicom_dist.evaluate.generation import Drawn, Gallery, accuracy_rows, draw, resnet_judge, untrained_prior
-from unicom_dist.evaluate.heldout import Pair, mean_picture, read_pairs
+from unicom_dist.evaluate.heldout import Pair, heldout_latents, mean_picture, read_pairs
 from unicom_dist.evaluate.judge import Embed
 from unicom_dist.evaluate.losses import caption_row, flow_rows
 from unicom_dist.evaluate.reconstruction import Distance, reconstruct, reconstruction_rows, untrained_codec
@@ -29,7 +30,7 @@ from unicom_dist.evaluate.rows import Row
 from unicom_dist.objective.perceptual import Lpips
 from unicom_dist.parallel.precision import training_dtype
 from unicom_dist.sample.grid import picture_grid
-from unicom_dist.sample.loading import LoadedPrior, find_parts, load_prior, stage_names
+from unicom_dist.sample.loading import MODEL_INDEX, LoadedPrior, check_pair, find_parts, load_prior, stage_names
 from unicom_dist.sample.pipeline import UniComPipeline
 
 log = logging.getLogger(__name__)
@@ -53,40 +54,61 @@ class Networks:
         return cls(embed, lambda a, b: lpips(a.to(device), b.to(device)).cpu())
 
 
-def run(checkpoint: str | Path, networks: Networks | None = None) -> list[Row]:
-    """Measure the model in a run directory, or in a model folder with a config.yaml. Returns the rows of `eval.json`.
+def run(
+    checkpoint: str | Path, networks: Networks | None = None, recipe: str | Path = "", out: str | Path = ""
+) -> list[Row]:
+    """Measure the model in a run directory or model folder. Returns the rows of `eval.json`, written to `out`.
 
+    recipe: where the pairs and the judging networks are; "" = that of the run. out: "" = `checkpoint`.
     Without a finished prior only the codec is measured. ConfigError, DataError, CheckpointError: something is missing;
     PreflightError: the folder cannot be written.
     """
     began = time.perf_counter()
-    folder = Path(checkpoint)
-    config = load_recipe(folder).config
+    folder, target = Path(checkpoint), Path(out or checkpoint)
+    config = _recipe(folder, recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = training_dtype(config.stages[-1].precision, device)
     pipeline = UniComPipeline.from_pretrained(folder, dtype=dtype)
+    config = config.model_copy(update={"encoder": pipeline.encoder_config, "codec": pipeline.codec.config})
     networks = networks or Networks.load(config, pipeline.device)
-    grids = folder / "samples" / "eval"
+    grids = target / "samples" / "eval"
     try:
         grids.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PreflightError(f"{grids} cannot be written", str(error), "make the run directory writable") from None
+        raise PreflightError(
+            f"{grids} cannot be written", str(error), "make it writable, or name another with --out"
+        ) from None
     result: dict[str, Any] = {"suite": "quick"}
     with _timed("pictures read"):
-        train, heldout = read_pairs(config, "train"), read_pairs(config, "heldout")
+        encoder = pipeline.content["encoder_fingerprint"]
+        train, heldout = read_pairs(config, "train", encoder), read_pairs(config, "heldout", encoder)
         mean = mean_picture(train)
     rows = _codec(config, pipeline, networks, heldout, mean, grids)
     stages = stage_names(folder)
     if stages:
-        rows += _prior_losses(config, pipeline, folder, stages, result)
+        with heldout_latents(config, folder, pipeline.content["fingerprint"], pipeline.device) as with_latents:
+            rows += _prior_losses(with_latents, pipeline, folder, stages, result)
         rows += _prompts(config, pipeline, networks, train, heldout, mean, grids)
         with _timed("held-out pictures described"):
             result["captions"] = _captions(pipeline, heldout)
     result["rows"] = [row.as_dict() for row in rows]
     result["seconds"] = round(time.perf_counter() - began, 1)
-    (folder / "eval.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    log.info("%s and %s written after %.0f s", folder / "eval.json", grids, result["seconds"])
+    (target / "eval.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    log.info("%s and %s written after %.0f s", target / "eval.json", grids, result["seconds"])
     return rows
+
+
+def _recipe(folder: Path, recipe: str | Path) -> Config:
+    """The recipe given, else the run's own. ConfigError for a model folder without one."""
+    if recipe or (folder / "config.yaml").is_file() or not (folder / MODEL_INDEX).is_file():
+        return load_recipe(recipe or folder).config
+    name = read_weights_config(find_parts(folder).codec).get("provenance", {}).get("recipe", "RECIPE")
+    raise ConfigError(
+        f"{folder} is a model folder, it holds no recipe",
+        "the held-out pairs and the judging networks are named by one",
+        f"unicom eval {folder} --recipe recipes/{name}.yaml (once `unicom features run` is done with it)",
+        "docs/evaluation.md",
+    )
 
 
 def _codec(
@@ -115,7 +137,9 @@ def _prior_losses(
                 continue
             path = find_parts(folder, stage).prior
             assert path is not None
-            yield stage, load_prior(path, pipeline.device, pipeline.codec.dtype)
+            prior = load_prior(path, pipeline.device, pipeline.codec.dtype)
+            check_pair(pipeline.content, prior.content, folder)
+            yield stage, prior
 
     with _timed(f"losses of {len(stages)} stages"):
         untrained = untrained_prior(pipeline, config.seed).prior.model

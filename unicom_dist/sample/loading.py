@@ -17,8 +17,10 @@ from unicom_dist.checkpoint.weights import read_weights, read_weights_config
 from unicom_dist.config.errors import CheckpointError
 from unicom_dist.config.load import load_recipe
 from unicom_dist.config.schema import CodecConfig, EncoderConfig, PriorConfig
+from unicom_dist.data.manifest import latent_producer
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import Codec, LatentStats
+from unicom_dist.models.encoders.base import fingerprint
 from unicom_dist.models.layers import grid_table
 from unicom_dist.models.transfusion import Transfusion
 
@@ -36,7 +38,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class LoadedCodec:
-    """A codec, the encoder it belongs to, and the content of its config.json."""
+    """A codec, the encoder it belongs to, and the content of its config.json with the codec's own `fingerprint`."""
 
     model: Codec
     encoder: EncoderConfig
@@ -101,6 +103,9 @@ def load_codec(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     except (KeyError, ValidationError) as error:
         raise _foreign(folder, "a codec", error) from None
     fill(model, tensors, folder)
+    if "fingerprint" not in content:  # an exported model folder keeps it: its weights may be of another precision
+        producer = latent_producer(folder / "model.safetensors", content["encoder_fingerprint"])
+        content["fingerprint"] = fingerprint(producer)
     return LoadedCodec(model.to(device, dtype).eval().requires_grad_(False), encoder, content)
 
 
@@ -154,7 +159,10 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def check_pair(codec: dict[str, Any], prior: dict[str, Any], folder: Path) -> None:
-    """CheckpointError unless the prior draws the latents of this codec and reads the features of its encoder."""
+    """CheckpointError unless the prior draws the latents of this codec and reads the features of its encoder.
+
+    `codec` as `load_codec` gives it, `prior` the content of the prior's config.json.
+    """
     channels = codec["codec"]["compressor"]["channels"]
     if codec["codec"]["compressor"]["kind"] == "identity":
         channels = codec["encoder_channels"]
@@ -162,12 +170,13 @@ def check_pair(codec: dict[str, Any], prior: dict[str, Any], folder: Path) -> No
         ("latent channels", channels, prior["latent_channels"]),
         ("feature channels", codec["encoder_channels"], prior["feature_channels"]),
         ("encoder fingerprint", codec["encoder_fingerprint"], prior.get("encoder_fingerprint")),
+        ("codec fingerprint", codec["fingerprint"], prior.get("codec_fingerprint")),
     ):
         if left != right:
             raise CheckpointError(
                 f"codec and prior in {folder} do not belong together",
                 f"{name}: {left} in the codec, {right} in the prior",
-                "take both from one run",
+                "take both from one run; after training the codec again, train the prior again on its latents",
                 DOCS,
             )
 

@@ -14,9 +14,11 @@ from torch import nn
 from unicom_dist.checkpoint.weights import export_weights
 from unicom_dist.config.explain import write_config
 from unicom_dist.config.schema import Config
+from unicom_dist.data.manifest import latent_producer
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import Codec, LatentStats
 from unicom_dist.models.encoders import encoder_fingerprint
+from unicom_dist.models.encoders.base import fingerprint
 from unicom_dist.models.encoders.random import CHANNELS
 from unicom_dist.models.transfusion import Transfusion
 
@@ -45,26 +47,28 @@ def write_tiny_weights(config: Config, dtype: torch.dtype = torch.float32, chann
     run = Path(config.run_dir)
     vocabulary = Vocabulary.full(config.prior.tokenizer)
     stats = tiny_stats(config)
-    fingerprint = encoder_fingerprint(config.encoder)
+    encoder, codec_fingerprint = encoder_fingerprint(config.encoder), ""
     for number, stage in enumerate(config.stages):
         folder = run / "weights" / stage.name
         if stage.kind == "codec":
             content = {
                 "codec": config.codec.model_dump(mode="json"),
                 "encoder": config.encoder.model_dump(mode="json"),
-                "encoder_fingerprint": fingerprint,
+                "encoder_fingerprint": encoder,
                 "encoder_channels": channels,
                 "stats": stats.to_json(),
                 "step": stage.steps,
             }
             export_weights(folder, content, dict(tiny_codec(config, channels).named_parameters()), dtype=dtype)
+            codec_fingerprint = fingerprint(latent_producer(folder / "model.safetensors", encoder))
         elif stage.kind == "prior":
             content = {
                 "prior": config.prior.model_dump(mode="json"),
                 "latent_channels": config.codec.compressor.channels,
                 "feature_channels": channels,
                 "stats": stats.to_json(),
-                "encoder_fingerprint": fingerprint,
+                "encoder_fingerprint": encoder,
+                "codec_fingerprint": codec_fingerprint,
                 "step": stage.steps,
                 "provenance": {"stage": stage.name},
             }
