@@ -9,8 +9,13 @@ from safetensors.torch import save_file
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.schema import PriorConfig
+from unicom_dist.data.loader import build_vocabulary
+from unicom_dist.data.samples import Content, Layouts, collate
+from unicom_dist.data.text import Tokenizer, Vocabulary
 from unicom_dist.models.backbone import Qwen2
-from unicom_dist.models.published import load_published
+from unicom_dist.models.published import load_published, table_rows
+from unicom_dist.models.transfusion import Transfusion
+from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 
 ROWS = 40
 
@@ -66,6 +71,53 @@ def test_another_architecture_is_named_with_what_would_fit(published: tuple[Path
     with pytest.raises(ConfigError, match=r"layers = 3, ffn = 32") as raised:
         load_published(Qwen2(other, ROWS), other, range(ROWS))
     assert raised.value.remedy == "prior.layers=2 prior.ffn=24"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("spare", [0, 9])
+def test_first_loss_of_a_full_vocabulary_is_transformers(tmp_path: Path, tied: bool, spare: int) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = Tokenizer(write_tiny_assets(tmp_path).tokenizer)
+    rows = tokenizer.fast.get_vocab_size() + spare
+    torch.manual_seed(3)
+    theirs = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=rows,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rope_theta=1e6,
+            tie_word_embeddings=tied,
+            initializer_range=0.3,  # far from uniform, so that every row counts
+        )
+    ).eval()
+    theirs.save_pretrained(tmp_path / "qwen")
+    shape = {"hidden": 16, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 24, "tie_embeddings": tied}
+    recipe = tiny_config(tmp_path, prior={**shape, "vocabulary": "full", "init_from": str(tmp_path / "qwen")})
+    vocabulary = build_vocabulary(recipe)
+    assert vocabulary.size == rows
+    vocabulary.save(tmp_path / "vocabulary.json")
+    assert Vocabulary.load(tmp_path / "vocabulary.json", recipe.prior.tokenizer).size == rows
+    ours = Transfusion(recipe.prior, vocabulary.size, latent_channels=4, feature_channels=6, seed=1)
+    load_published(ours.backbone, recipe.prior, vocabulary.source_ids)
+    batch = collate([Content("", Layouts(vocabulary).text("a red circle: red, circle", 64))], 4, 6)
+    with torch.no_grad():
+        logits = theirs(batch.token_ids[None]).logits[0, batch.label_index]
+        expected = torch.nn.functional.cross_entropy(logits, batch.label_ids, reduction="none")
+        without_spare = torch.nn.functional.cross_entropy(logits[:, : rows - spare], batch.label_ids)
+        losses, _ = ours(batch)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert (abs(float(losses.mean() - without_spare)) > 1e-3) == bool(spare)
+
+
+def test_a_published_folder_that_does_not_say_its_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"prior\.init_from") as caught:
+        table_rows(tmp_path)
+    assert "vocab_size" in caught.value.why
 
 
 def test_incomplete_damaged_or_foreign_folders_are_refused(published: tuple[Path, Qwen2, bool]) -> None:

@@ -14,6 +14,7 @@ from unicom_dist.data.npy import read_npy
 from unicom_dist.data.samples import TEMPLATE_TEXTS
 from unicom_dist.data.shardset import Sample, ShardSet
 from unicom_dist.data.text import Vocabulary
+from unicom_dist.models.published import table_rows
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
@@ -38,9 +39,13 @@ def open_set(
 
 
 def build_vocabulary(config: Config) -> Vocabulary:
-    """The vocabulary `config.prior` asks for; a trimmed one covers the texts of the training set."""
+    """The vocabulary `config.prior` asks for; a trimmed one covers the texts of the training set.
+
+    A full one has the spare rows of the published weights the prior starts from: the softmax was trained with them.
+    """
     if config.prior.vocabulary == "full":
-        return Vocabulary.full(config.prior.tokenizer)
+        published = config.prior.init_from
+        return Vocabulary.full(config.prior.tokenizer, table_rows(Path(published)) if published else 0)
     pairs = ShardSet(Path(config.data.path) / "train")
     least = config.prior.vocabulary_pictures
     groups = [list(TEMPLATE_TEXTS)] * least

@@ -56,14 +56,29 @@ def load_published(backbone: Qwen2, config: PriorConfig, source_ids: Sequence[in
         )
 
 
-def check_architecture(config: PriorConfig, folder: Path) -> None:
-    """ConfigError naming every field in which the recipe and `folder/config.json` differ."""
+def table_rows(folder: Path) -> int:
+    """Rows of the published embedding, spare ones beyond the tokenizer's ids included. CheckpointError: not said."""
+    rows = _published_config(folder).get("vocab_size")
+    if not isinstance(rows, int):
+        raise CheckpointError(
+            f"prior.init_from = {folder}", "its config.json names no vocab_size", "a folder of published weights"
+        )
+    return rows
+
+
+def _published_config(folder: Path) -> dict[str, Any]:
     try:
         published: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"prior.init_from = {folder}", f"no readable config.json there: {error}", "a folder of published weights"
         ) from error
+    return published
+
+
+def check_architecture(config: PriorConfig, folder: Path) -> None:
+    """ConfigError naming every field in which the recipe and `folder/config.json` differ."""
+    published = _published_config(folder)
     theta = published.get("rope_theta") or (published.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
     expected = {field: published.get(key, default) for field, key, default in FIELDS} | {"rope_theta": theta}
     different = {field: value for field, value in expected.items() if getattr(config, field) != value}
