@@ -79,9 +79,14 @@ class GatedMlp(nn.Module):
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
+    def gate_up(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Both products of x."""
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up(x)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
 
 
