@@ -5,7 +5,6 @@ Shapes: Y labels, V vocabulary, h width.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +12,9 @@ from unicom_dist.parallel.cross_entropy import VocabShard, linear_cross_entropy
 
 
 class LanguageHead(nn.Module):
-    """A linear map to the vocabulary. `shard` is set where the ranks of a group hold V/t rows of the weight each."""
+    """A linear map to the vocabulary. `shard` is set where the ranks of an axis hold V/t rows of the weight each."""
+
+    weight: Tensor  # [V, h], or this rank's rows
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -22,14 +23,12 @@ class LanguageHead(nn.Module):
         nn.init.normal_(self.weight, std=width**-0.5)
 
     def forward(self, hidden: Tensor, label_ids: Tensor) -> Tensor:
-        """-log p(label) in nats, [Y] float32, of hidden [Y, h]. Collective over the shard's group."""
+        """-log p(label) in nats, [Y] float32, of hidden [Y, h]. Collective over the shard's axis."""
         return linear_cross_entropy(hidden, self.weight, label_ids, self.shard)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., V] of hidden [..., h], in its dtype. Collective over the shard's group, and then without gradients."""
+        """[..., V] of hidden [..., h], in its dtype. Collective over the shard's axis, and then without gradients."""
         here = F.linear(hidden, self.weight)
         if self.shard is None:
             return here
-        ranks = [torch.empty_like(here) for _ in range(dist.get_world_size(self.shard.group))]
-        dist.all_gather(ranks, here.detach().contiguous(), group=self.shard.group)
-        return torch.cat(ranks, -1)[..., : self.shard.total]
+        return torch.cat(list(self.shard.axis.gather(here.detach())), -1)[..., : self.shard.total]

@@ -13,23 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from unicom_dist.parallel.mesh import Axis
 
 CHUNK_LOGITS = 1 << 25  # of one chunk on one rank: 128 MiB in float32
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which tokens a rank's rows stand for: `first`, `first` + 1, ...; rows from `total` on are padding.
+    """The ranks of `axis` hold R rows each, in their order; rows from `total` on stand for no token."""
 
-    Ranks of `group` hold equally many rows, in the order of their ranks.
-    """
-
-    group: dist.ProcessGroup
-    first: int
+    axis: Axis
     total: int
 
 
@@ -38,7 +35,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, label_ids: Tensor, shar
 
     hidden [Y, h]; weight [R, h] in the same dtype; label_ids [Y] in [0, V). The softmax is in float32.
     Under a `shard`, hidden and labels are the same on all its ranks, and so are the result and the (complete) gradient
-    of hidden. Collective over the shard's group, in forward and in backward.
+    of hidden. Collective over the shard's axis, in forward and in backward.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, label_ids, shard)  # type: ignore[no-untyped-call]
@@ -58,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, label_ids = ctx.saved_tensors
         same_for_all = len(label_ids) < 2 or d_losses.stride(0) == 0  # a broadcast number, as the gradient of a sum is
         if ctx.gradients is None or not same_for_all:
@@ -85,7 +82,10 @@ def _walk(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses [Y], and gradients [Y, h] and [R, h] of sum(losses d_losses) (None = ones) where they are wanted."""
     rows = weight.shape[0]
-    first, real = (0, rows) if shard is None else (shard.first, min(max(shard.total - shard.first, 0), rows))
+    first, real = 0, rows
+    if shard is not None:
+        first = shard.axis.rank * rows
+        real = min(max(shard.total - first, 0), rows)
     exact = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if want_hidden else None
@@ -114,17 +114,15 @@ def _walk(
             torch.mm(d_logits, weight, out=d_hidden[chunk])
         if d_weight is not None:
             d_weight.addmm_(d_logits.T, x)
+        del d_logits  # before the next chunk's are made
     if d_hidden is not None and shard is not None:
-        dist.all_reduce(d_hidden, group=shard.group)
+        shard.axis.sum(d_hidden)
     return losses, d_hidden, d_weight
 
 
 def _over_ranks(log_sum: Tensor, target: Tensor, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
-    """Log of the sum of exponentials, and the label's logit (0 where it is another rank's), over the whole vocabulary."""
+    """Log of the sum of exponentials and the label's logit over all rows, of this rank's (0 for another's label)."""
     if shard is None:
         return log_sum, target
-    mine = torch.stack([log_sum, target])
-    ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(shard.group))]
-    dist.all_gather(ranks, mine, group=shard.group)
-    every = torch.stack(ranks)
+    every = shard.axis.gather(torch.stack([log_sum, target]))
     return every[:, 0].logsumexp(0), every[:, 1].sum(0)
