@@ -101,6 +101,25 @@ def gradients(axis: Axis, schedule: str, micros: int, chunks: int, slow: bool) -
     return {name: view.clone() for name, view in zip(names, views, strict=True)}
 
 
+def losses(axis: Axis) -> list[float]:
+    """Of three micro-batches, by forward passes alone; empty but on the last rank."""
+    parts = by_rank(split(LayerCosts([1.0] * LAYERS), axis.size * 2), axis.size)[axis.rank]
+    blocks = {layer: Block(layer) for part in parts for layer in part}
+    found = []
+
+    def listed(micro: int, chunk: int, received: Payload) -> tuple[Payload, torch.Tensor | None]:
+        sent, loss = compute(blocks, list(parts), None, micro, chunk, received)
+        if not sent:
+            found.append(loss.item())
+        return sent, loss
+
+    stage = AutogradStage(listed)
+    with torch.no_grad():
+        Pipeline(axis, torch.device("cpu"), "interleaved", 2).run(stage, boundaries(3), backward=False)
+    assert not stage._graphs, "an activation was not freed"
+    return found
+
+
 def refused(axis: Axis) -> str:
     """What a stage that hands out other tensors than announced is told. Nothing is sent by then."""
 
@@ -118,6 +137,7 @@ def work(rank: int, world: int) -> dict[str, object]:
     everyone = torch.distributed.group.WORLD
     axis = Axis("pp", rank, world, everyone, tuple(range(world)))
     result: dict[str, object] = {str(case): gradients(axis, *case) for case in CASES}
+    result["losses"] = losses(axis)
     if rank < 2:  # last: the second rank of this pipeline is never sent anything
         pair = torch.distributed.new_group([0, 1], use_local_synchronization=True)
         result["refused"] = refused(Axis("pp", rank, 2, pair, (0, 1))) if rank == 0 else ""
@@ -158,3 +178,9 @@ def test_one_rank_runs_the_same_code(schedule, chunks):
 def test_a_tensor_that_was_not_announced_is_refused_before_it_is_sent(ranks):
     assert "(1, 6) torch.float32 for F0.0" in ranks[0]["refused"]
     assert "shape=(3, 6)" in ranks[0]["refused"]
+
+
+def test_forward_passes_alone_give_the_losses(ranks):
+    expected = losses(Axis("pp"))
+    assert len(expected) == 3
+    assert [rank["losses"] for rank in ranks] == [[], [], [], pytest.approx(expected)]

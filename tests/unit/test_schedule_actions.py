@@ -160,6 +160,15 @@ def test_timeline_shows_every_rank():
     assert "F0'" in timeline(build("interleaved", 2, 2, 2))
 
 
+def test_forward_passes_alone():
+    for ranks, micros, chunks in itertools.product(range(1, 5), range(1, 10), range(1, 4)):
+        actions = build("forward", ranks, micros, chunks)
+        assert run(program(actions)) == [len(mine) for mine in program(actions)]
+        assert all(Counter(a.kind for a in mine) == {"F": micros * chunks} for mine in actions)
+        if micros >= ranks:
+            assert simulate(actions).makespan == micros * chunks + ranks - 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [

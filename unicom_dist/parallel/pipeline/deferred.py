@@ -1,15 +1,15 @@
 """Weight gradients of linear layers at a time of our choosing: what the zero-bubble schedule calls W.
 
-Between `with weights.held(key):` around a backward pass and `weights.release(key)` later, each linear layer that the
-pass went through keeps its input and its output's gradient and computes only the gradient of its input. `release`
-then computes gradient^T input and hands it to autograd at the weight, exactly as the backward pass would have: it
-is added to `weight.grad` in place, or creates it, and hooks on the weight run then.
+A backward pass inside `with weights.held(key):` goes through the linear layers for the gradients of their inputs alone;
+each keeps its input and its output's gradient. `weights.release(key)` computes gradient^T input of each and hands it
+to autograd at the weight, just as a backward pass does: it is added to `weight.grad` in place, or creates it, and the
+hooks of the weight run, once, with the gradient there.
 
 All other parameters (norms, embeddings, tensor-parallel layers with a backward pass of their own) get their gradients
-at once. So the result is right whichever layers take part; their share only decides how much of the bubble W can fill.
+at once, so the result is right whichever layers take part; their share decides how much of the bubble W can fill.
 
-It needs the weight to be there at W as it was at B. Under ZeRO-3 a layer's weights are given back after its backward
-pass, and a gradient of the whole weight does not fit what is left.
+It needs the weight to be there at W as it was at B. DeepSpeed's ZeRO-3 gives a layer's weights back after its backward
+pass, and a gradient of the whole weight fits nothing that is left.
 """
 
 from collections.abc import Hashable, Iterator
@@ -47,22 +47,26 @@ class WeightGradients:
             if layer.bias is not None and layer.bias.requires_grad:
                 torch.autograd.backward([layer.bias], [grad.sum(0)])
 
-    def put_off(self, layer: nn.Linear, x: Tensor, grad: Tensor) -> bool:
-        """Keep x [n, in] and grad [n, out] for later; False when the gradients are wanted at once."""
+    def put_off(self, layer: nn.Linear, x: Tensor, grad: Tensor) -> None:
+        """Keep x [n, in] and grad [n, out] for later. RuntimeError in a backward pass that is not inside `held`."""
         if self._current is None:
-            return False
+            raise RuntimeError("a backward pass through layers with deferred weight gradients, but not inside `held`")
         self._current.append((layer, x, grad))
-        return True
 
 
 class DeferredLinear(nn.Linear):
-    """`nn.Linear` whose weight gradients come when its `gradients` say. Made by `defer`."""
+    """`nn.Linear` that leaves its weight's gradient to `gradients`. Made by `defer`.
+
+    Where the input needs no gradient there is nothing to do first, and the layer is a plain one.
+    """
 
     gradients: WeightGradients
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        out: Tensor = _Linear.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
+        if not x.requires_grad:
+            return super().forward(x)
+        out: Tensor = _InputGradient.apply(x, self)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -76,19 +80,17 @@ def defer(module: nn.Module) -> WeightGradients:
     return gradients
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: DeferredLinear) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.layer = layer
-        return F.linear(x, weight, bias)
+class _InputGradient(torch.autograd.Function):
+    """The layer as a function of its input alone: the graph does not lead to the weights."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def forward(ctx: Any, x: Tensor, layer: DeferredLinear) -> Tensor:
+        ctx.save_for_backward(x, layer.weight)
+        ctx.layer = layer
+        return F.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x, weight), (grad,) = ctx.saved_tensors, grads
-        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        rows, seen = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_x = grad @ weight if for_x else None
-        if ctx.layer.gradients.put_off(ctx.layer, seen, rows):
-            return grad_x, None, None, None
-        return grad_x, rows.T @ seen if for_weight else None, rows.sum(0) if for_bias else None, None
+        ctx.layer.gradients.put_off(ctx.layer, x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]))
+        return grad @ weight, None

@@ -43,7 +43,7 @@ class Pipeline:
         self._channels = Channels(axis, device, sorted(pairs))
 
     def run(self, stage: Stage, boundaries: Sequence[Sequence[Boundary]], backward: bool = True) -> None:
-        """All forwards and backwards of a step (or the forwards alone). boundaries: by micro-batch, the same everywhere.
+        """All forwards and backwards of a step, or forwards alone. boundaries: by micro-batch, the same on every rank.
 
         ValueError when the stage hands out other tensors than the boundary's.
         """

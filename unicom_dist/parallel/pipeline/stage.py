@@ -42,10 +42,11 @@ class AutogradStage:
         self._graphs: dict[tuple[int, int], tuple[Payload, list[GradientEdge | None], Tensor | None]] = {}
 
     def forward(self, micro: int, chunk: int, received: Payload) -> Payload:
-        """F."""
+        """F. Without gradients (`torch.no_grad`) nothing is kept."""
         sent, loss = self._compute(micro, chunk, received)
-        edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in sent]
-        self._graphs[micro, chunk] = (received, edges, loss)
+        if torch.is_grad_enabled():
+            edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in sent]
+            self._graphs[micro, chunk] = (received, edges, loss)
         return sent
 
     def backward(self, micro: int, chunk: int, gradients: Gradients) -> Gradients:
