@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from training_run import tiny_run, write_stats
 
-from unicom_dist.checkpoint.store import latest, read_extra
+from unicom_dist.checkpoint.saved import latest, read_extra
 from unicom_dist.config.errors import DataError, HangError, NonFiniteError, Preempted, PreflightError
 from unicom_dist.tracking.status import read_status
 from unicom_dist.train.pipeline import preflight, run

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from training_run import losses, tiny_run, write_stats
 
-from unicom_dist.checkpoint.store import checkpoints, latest, read_extra
+from unicom_dist.checkpoint.saved import checkpoints, latest, read_extra
 from unicom_dist.config.errors import CheckpointError, Preempted
 from unicom_dist.parallel.mesh import init_mesh
 from unicom_dist.testing.distributed import run_ranks

@@ -1,13 +1,14 @@
-"""Checkpoints of a stage: written behind the training step, whole or not there, readable under another dp size.
+"""Writing a stage's checkpoints behind the training step: whole or not there, readable under any other layout.
 
-checkpoints/<stage>/step-000200/ holds rank-00000-of-00002.safetensors (that rank's fragments as one-dimensional tensors
-"weight/<parameter>", "exp_avg/…", "exp_avg_sq/…", "ema/…", and its random state), state.json (step, data position,
-parameter shapes) and COMPLETE. A save copies the flat buffers to a staging area (the only stall), a thread writes them
-into a hidden folder, and rank 0 renames it when every rank has finished. A folder without COMPLETE is not a checkpoint.
+checkpoints/<stage>/step-000200/ holds rank-00000-of-00002.safetensors (the fragments that rank owns as one-dimensional
+tensors "weight/<tensor>", "exp_avg/…", "exp_avg_sq/…", "ema/…", and its random state), state.json (step, layout, data
+position, and where the fragments of every tensor lie) and COMPLETE. A save copies the flat buffers to a staging area
+(the only stall), a thread writes them into a hidden folder, and rank 0 completes and renames it when every rank has
+finished. A folder without COMPLETE is not a checkpoint.
 """
 
 import json
-import logging
+import math
 import os
 import shutil
 import threading
@@ -20,34 +21,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from unicom_dist.checkpoint.tensorfile import TensorFile, write_tensors
+from unicom_dist.checkpoint.saved import COMPLETE, DOCS, FORMAT, State, checkpoints, rank_file
+from unicom_dist.checkpoint.tensorfile import TensorFile, sync_folder, write_synced, write_tensors
 from unicom_dist.config.errors import CheckpointError
 from unicom_dist.parallel.engine import Buffers, Fragment
 from unicom_dist.parallel.mesh import Mesh
 
-log = logging.getLogger(__name__)
-
-COMPLETE = "COMPLETE"
-FORMAT = 1
 SETTLE_S = 10.0
-_DOCS = "docs/checkpoints.md"
-State = dict[str, Buffers]
-
-
-def rank_file(rank: int, world: int) -> str:
-    """Name of a rank's file."""
-    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a stage, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / COMPLETE).is_file())
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a stage, or None."""
-    found = checkpoints(folder)
-    return found[-1] if found else None
 
 
 class CheckpointStore:
@@ -77,20 +57,16 @@ class CheckpointStore:
         CheckpointError when the last write failed or this one cannot fit on the disk.
         """
         self.wait()
-        mine = state if not replicated or self.mesh.zero.rank == 0 else {}
-        need = sum(buffer.numel() * buffer.element_size() for buffers in mine.values() for buffer in buffers)
-        self._check_space(need)
+        writes = not replicated or self.mesh.zero.rank == 0
+        mine = state if writes else {}
+        self._check_space(sum(buffer.nbytes for buffers in mine.values() for buffer in buffers))
         self._stage(mine)
-        tensors = self._named(fragments if mine else [])
-        tensors["rng/torch"] = torch.get_rng_state()
-        where = {f.name: [f.offset, f.numel] for f in fragments} if mine else {}
-        shapes = {f.name: list(f.piece.shape) for f in fragments}
-        text = json.dumps({"format": FORMAT, "step": step, "dp": self.mesh.dp.size, "shapes": shapes, **extra})
+        owned = [f for f in fragments if writes and f.piece.owner and (f.numel or not f.piece.numel)]
+        layout = {**self.mesh.layout.sizes(), "zero_stage": self.mesh.layout.zero_stage}
+        # What `extra` refers to goes on changing, so it becomes text now.
+        text = json.dumps({"format": FORMAT, "step": step, "layout": layout, **extra})
         self._thread = threading.Thread(
-            target=self._write,
-            args=(step, tensors, {"fragments": json.dumps(where)}, text),
-            name="checkpoint",
-            daemon=True,
+            target=self._write, args=(step, owned, torch.get_rng_state(), text), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -123,14 +99,6 @@ class CheckpointStore:
             for target, buffer in zip(self._staging[kind], buffers, strict=True):
                 target.copy_(buffer)
 
-    def _named(self, fragments: list[Fragment]) -> dict[str, Tensor]:
-        named = {}
-        for kind, buffers in self._staging.items():
-            for f in fragments:
-                if buffers[f.group].numel():
-                    named[f"{kind}/{f.name}"] = buffers[f.group][f.start : f.start + f.numel]
-        return named
-
     def _check_space(self, need: int) -> None:
         try:
             free = shutil.disk_usage(self.folder).free
@@ -141,120 +109,93 @@ class CheckpointStore:
                 f"a checkpoint of {need / 2**20:.0f} MiB does not fit: {free / 2**20:.0f} MiB free at {self.folder}",
                 "the disk is nearly full; the checkpoints written before are kept",
                 "free space, or set keep_checkpoints lower; running the same command again continues",
-                _DOCS,
+                DOCS,
             )
 
-    def _write(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, str], state: str) -> None:
+    def _write(self, step: int, owned: list[Fragment], rng: Tensor, state: str) -> None:
         final = self.folder / f"step-{step:06d}"
         partial = self.folder / f".step-{step:06d}.{self._attempt}"
+        tensors = {
+            f"{kind}/{f.name}": buffers[f.group][f.start : f.start + f.numel]
+            for kind, buffers in self._staging.items()
+            for f in owned
+            if buffers[f.group].numel()
+        }
         try:
             partial.mkdir(parents=True, exist_ok=True)
             name = rank_file(self.mesh.rank, self.mesh.world)
-            write_tensors(partial / name, tensors, metadata)
+            metadata = describe(owned, f"{step} {self._attempt}")
+            write_tensors(partial / name, {**tensors, "rng/torch": rng}, metadata)
             (partial / f"{name}.done").touch()
             if self.mesh.rank == 0:
-                self._commit(partial, final, state)
+                self._await_others(partial, final.name)
+                complete(partial, final, self.mesh.world, json.loads(state))
+                for old in checkpoints(self.folder)[: -self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
         except BaseException as error:
             self._error = error
             if self.mesh.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def _commit(self, partial: Path, final: Path, state: str) -> None:
-        """Wait for every rank's file, then give the folder its name."""
+    def _await_others(self, partial: Path, name: str) -> None:
         done = [partial / f"{rank_file(rank, self.mesh.world)}.done" for rank in range(self.mesh.world)]
         deadline = time.monotonic() + self.timeout_s
         while missing := [path for path in done if not path.exists()]:
             if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"{final.name}: no {missing[0].name.removesuffix('.done')} after {self.timeout_s:.0f} s",
+                    f"{name}: no {missing[0].name.removesuffix('.done')} after {self.timeout_s:.0f} s",
                     "that rank did not finish its part, or does not see this folder",
                     "put run_dir on a file system that all machines share",
-                    _DOCS,
+                    DOCS,
                 )
             time.sleep(0.005)
         for path in done:
             path.unlink()
-        _write_synced(partial / "state.json", state)
-        _write_synced(partial / COMPLETE, "")
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        for old in checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
 
 
-def read_extra(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. CheckpointError when it is incomplete or foreign."""
-    if not (checkpoint / COMPLETE).is_file():
-        raise CheckpointError(
-            f"{checkpoint} is not a checkpoint", "it has no COMPLETE file", "name a folder step-… that has one", _DOCS
-        )
-    try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']}, this version reads {FORMAT}")
-        int(state["dp"]), int(state["step"]), dict(state["shapes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint}/state.json cannot be used", str(error), "remove the folder to use the one before it", _DOCS
-        ) from None
-    return state  # type: ignore[no-any-return]
+def describe(owned: list[Fragment], save: str) -> dict[str, str]:
+    """Metadata of a rank's file: what its tensors are cuts of. `save` tells the files of one save from another's."""
+    fragments = {}
+    for f in owned:
+        p = f.piece
+        fragments[f.name] = [p.shape, p.dim, p.begin, p.cut[p.dim] if p.shape else -1, f.offset, f.numel]
+    if len(fragments) < len(owned):
+        raise ValueError("a rank's file has room for one fragment of a tensor")
+    return {"save": save, "fragments": json.dumps(fragments, separators=(",", ":"))}
 
 
-def read_state(checkpoint: Path, fragments: list[Fragment], like: State, kinds: tuple[str, ...]) -> State:
-    """Buffers shaped as `like`, filled with this rank's fragments, whatever dp size wrote the checkpoint.
+def complete(partial: Path, final: Path, world: int, state: dict[str, Any]) -> None:
+    """Make a checkpoint of a folder with every rank's file: write what is where, then give it its name.
 
-    A kind in `kinds` that a parameter lacks (frozen when it was written) stays zero.
-    CheckpointError when names or shapes are not the model's, or a file is damaged.
+    CheckpointError, and no checkpoint, when the files do not hold every value of every tensor exactly once.
     """
-    extra = read_extra(checkpoint)
-    _check_model(checkpoint, extra["shapes"], fragments)
-    files = [TensorFile(path) for path in sorted(checkpoint.glob("rank-*.safetensors"))]
-    pieces: dict[str, list[tuple[int, int, TensorFile]]] = {}
-    for file in files:
-        for name, (offset, numel) in json.loads(file.metadata.get("fragments", "{}")).items():
-            pieces.setdefault(name, []).append((offset, numel, file))
-    result: State = {kind: [torch.zeros(b.shape, dtype=b.dtype) for b in like[kind]] for kind in kinds}
-    for f in fragments:
-        for offset, numel, file in pieces.get(f.name, []):
-            start, stop = max(offset, f.offset), min(offset + numel, f.offset + f.numel)
-            if start >= stop:
-                continue
-            target = slice(f.start + start - f.offset, f.start + stop - f.offset)
-            for kind, buffers in result.items():
-                if buffers[f.group].numel() and f"{kind}/{f.name}" in file:
-                    buffers[f.group][target] = file.read(f"{kind}/{f.name}", start - offset, stop - offset)
-    return result
-
-
-def read_rng(checkpoint: Path, mesh: Mesh) -> Tensor | None:
-    """This rank's random state, when the checkpoint was written by as many ranks; else None."""
-    path = checkpoint / rank_file(mesh.rank, mesh.world)
-    return TensorFile(path).read("rng/torch") if path.is_file() else None
-
-
-def _check_model(checkpoint: Path, saved: dict[str, list[int]], fragments: list[Fragment]) -> None:
-    wanted = {f.name: list(f.piece.shape) for f in fragments}
-    if saved == wanted:
-        return
-    differing = sorted(
-        f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} configured"
-        for name in saved.keys() | wanted.keys()
-        if saved.get(name) != wanted.get(name)
-    )
-    raise CheckpointError(
-        f"{checkpoint} holds another model: {differing[0]}",
-        f"{len(differing)} of {len(wanted)} parameters differ in name or shape",
-        "undo the change of the model's configuration, or choose another run_dir",
-        _DOCS,
-    )
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    files, tensors = [], dict[str, dict[str, Any]]()
+    for number in range(world):
+        file = TensorFile(partial / rank_file(number, world))
+        files.append([file.path.name, file.size, file.digest])
+        kinds = dict[str, list[str]]()
+        for name in file.names():
+            kind, _, tensor = name.partition("/")
+            kinds.setdefault(tensor, []).append(kind)
+        for name, (shape, *cut) in json.loads(file.metadata["fragments"]).items():
+            entry = tensors.setdefault(name, {"shape": shape, "kinds": kinds[name], "fragments": []})
+            entry["fragments"].append([number, *cut])
+    for name, entry in tensors.items():
+        written, numel = sum(cut[-1] for cut in entry["fragments"]), math.prod(entry["shape"])
+        if written != numel:
+            raise CheckpointError(
+                f"{final.name}: the ranks wrote {written} values of {name}, which has {numel}",
+                "every value belongs to exactly one rank's file; the layout's cuts are wrong",
+                "report it with `unicom doctor` and the layout; the checkpoints written before are kept",
+                DOCS,
+            )
+    write_synced(partial / "state.json", json.dumps({**state, "files": files, "tensors": tensors}))
+    write_synced(partial / COMPLETE, "")
+    sync_folder(partial)
+    if final.exists():  # the same step again, after a resume from an older checkpoint
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    sync_folder(final.parent)
 
 
 def _write_error(folder: Path, error: BaseException) -> CheckpointError:
@@ -263,5 +204,5 @@ def _write_error(folder: Path, error: BaseException) -> CheckpointError:
         f"a checkpoint could not be written to {folder}: {reason}",
         "the checkpoints written before are kept",
         "free space or make the folder writable; running the same command again continues",
-        _DOCS,
+        DOCS,
     )

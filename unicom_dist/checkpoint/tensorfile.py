@@ -1,68 +1,180 @@
-"""Writing safetensors straight from memory, without a copy, and reading slices of them.
+"""Safetensors files written tensor by tensor and read in pieces: memory never holds more than what is asked for.
 
-The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data. Written
-here because the library's writer first turns every tensor into a bytes object, which doubles the memory of a save.
+The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} padded with spaces,
+the data. Written here because the library's writer wants all tensors at once and turns each into a bytes object first;
+read here because its slices are new tensors, and a checkpoint's bytes belong at their place in a buffer that is there.
 Ref: https://github.com/huggingface/safetensors (format section).
 """
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unicom_dist.config.errors import CheckpointError
 
 _NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64", torch.bfloat16: "BF16"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_ENTRY_BYTES = 224  # of the header, beside the name: eight dimensions and two offsets of thirteen digits fit
+_BLOCK_BYTES = 4 << 20  # read at a time where only parts of rows are wanted
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Write contiguous CPU tensors, synced to disk; the bytes written. OSError when there is no space."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for tensor in tensors.values():
-            if tensor.numel():
-                file.write(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    return 8 + len(text) + end
+class TensorWriter:
+    """A context manager that writes tensors in the order in which they come; synced to disk when it is left.
+
+    The header's room is reserved for `names` (no others may come); it is filled in last, so that a file whose writer
+    was killed has none. OSError when there is no space.
+    """
+
+    def __init__(self, path: Path, names: Collection[str], metadata: Mapping[str, str]) -> None:
+        self._header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        entries = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
+        room = len(json.dumps(self._header).encode()) + entries
+        self._room = room + -room % 8
+        self._end = 0
+        self._file = path.open("wb")
+        self._file.seek(8 + self._room)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor from wherever it is."""
+        start, self._end = self._end, self._end + tensor.numel() * tensor.element_size()
+        shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
+        self._header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, self._end]}
+        if tensor.numel():
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            self._file.write(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file as file:
+            if error is None:
+                text = json.dumps(self._header, separators=(",", ":")).encode()
+                if len(text) > self._room:
+                    raise ValueError(f"{len(text)} bytes of header, {self._room} reserved")
+                file.seek(0)
+                file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to a file that is on disk when this returns. OSError when there is no space."""
+    with TensorWriter(path, tensors.keys(), metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
 
 
 class TensorFile:
-    """A safetensors file opened for reading slices; a context manager. CheckpointError when it is damaged."""
+    """A safetensors file opened for reading; the header alone is read at once. CheckpointError when it is damaged.
+
+    `digest`: SHA-256 of the header, which names a file's content without reading it. `size`: bytes of the file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._descriptor = path, -1
         try:
-            file: Any = safe_open(str(path), framework="pt")
-            self._file = file
-            self._names = set(file.keys())
-            self.metadata: dict[str, str] = file.metadata() or {}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read",
-                str(error),
-                f"remove {path.parent} to continue from the checkpoint before it",
-                "docs/checkpoints.md",
-            ) from None
+            self._descriptor = os.open(path, os.O_RDONLY)
+            self.size = os.fstat(self._descriptor).st_size
+            length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+            if not 2 <= length <= self.size - 8:
+                raise ValueError("the header is missing: its writer did not finish, or it is another kind of file")
+            text = os.pread(self._descriptor, length, 8)
+            header = json.loads(text)
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._data = 8 + length
+            ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+            if self._data + max(ends, default=0) != self.size:
+                raise ValueError(f"{self.size} bytes, its header describes {self._data + max(ends, default=0)}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self.damaged(error.strerror or "" if isinstance(error, OSError) else str(error)) from None
+        self._entries: dict[str, dict[str, Any]] = header
+        self.digest = hashlib.sha256(text).hexdigest()
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return name in self._entries
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a one-dimensional tensor; without bounds the whole tensor, of any shape."""
-        if stop is None:
-            return self._file.get_tensor(name)  # type: ignore[no-any-return]
-        return self._file.get_slice(name)[start:stop]  # type: ignore[no-any-return]
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return list(self._entries)
+
+    def damaged(self, reason: str) -> CheckpointError:
+        """The error to raise for this file."""
+        return CheckpointError(
+            f"{self.path} cannot be read",
+            reason,
+            f"remove {self.path.parent} to continue from the checkpoint before it",
+            "docs/checkpoints.md",
+        )
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        entry = self._entries[name]
+        tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+        self.read_into(name, 0, tensor.view(-1))
+        return tensor
+
+    def read_into(self, name: str, start: int, target: Tensor) -> None:
+        """Fill `target` [n], contiguous on the CPU, with elements [start, start + n) of the flattened tensor."""
+        entry = self._entries[name]
+        shape, dtype = entry["shape"], _DTYPES.get(entry["dtype"])
+        if dtype != target.dtype or start + target.numel() > math.prod(shape):
+            asked = f"elements up to {start + target.numel()} of {target.dtype}"
+            raise self.damaged(f"{name} is {entry['dtype']} {shape}, wanted are {asked}")
+        if target.numel():
+            room = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            self._fill(room, self._data + entry["data_offsets"][0] + start * target.element_size())
+
+    def read_columns(self, name: str, start: int, pitch: int, target: Tensor) -> None:
+        """Fill `target` [rows, columns] with rows of the flattened tensor that begin at `start`, `pitch` apart.
+
+        Reads blocks of rows that stay in the processor's cache, or the columns alone where rows are long.
+        """
+        rows, columns = target.shape
+        at_once = max(1, _BLOCK_BYTES // (pitch * target.element_size()))
+        block = torch.empty((at_once - 1) * pitch + columns, dtype=target.dtype)
+        for row in range(0, rows, at_once):
+            count = min(at_once, rows - row)
+            self.read_into(name, start + row * pitch, block[: (count - 1) * pitch + columns])
+            target[row : row + count] = block.as_strided((count, columns), (pitch, 1))
+
+    def _fill(self, room: memoryview, position: int) -> None:
+        while room:
+            try:
+                count = os.preadv(self._descriptor, [room], position)
+            except OSError as error:
+                raise self.damaged(error.strerror or str(error)) from None
+            if not count:
+                raise self.damaged("the file ends early")
+            room, position = room[count:], position + count
+
+
+def write_synced(path: Path, text: str) -> None:
+    """A small text file that is on disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Put the names in a folder on disk: a file that is synced may still be lost with its name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -17,7 +17,8 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from unicom_dist.checkpoint.store import CheckpointStore, latest, read_extra, read_rng, read_state
+from unicom_dist.checkpoint.saved import check_model, latest, read_extra, read_rng, read_state
+from unicom_dist.checkpoint.store import CheckpointStore
 from unicom_dist.config.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.prefetch import StepLoader
@@ -142,6 +143,7 @@ def start_run(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest)
     before = mesh.broadcast_object(_stage_before(config, stage) if mesh.rank == 0 else None)
     if checkpoint is None and before is not None:
         own = engine.state()
+        check_model(before, engine.fragments, mesh)
         engine.load_state(read_state(before, engine.fragments, own, ("weight",)), 0)
         log.info("stage %s starts from %s", stage.name, before)
     ema = Ema(engine.state()["weight"], stage.ema)
@@ -186,7 +188,7 @@ def save(run: Run) -> None:
 
 
 def resume(run: Run, checkpoint: Path) -> None:
-    """Continue from a checkpoint, under whatever dp size it was written. Collective over dp.
+    """Continue from a checkpoint, under whatever layout it was written. Collective over the world.
 
     CheckpointError when it is damaged, of another model, or further than the stage goes.
     """
@@ -198,6 +200,7 @@ def resume(run: Run, checkpoint: Path) -> None:
             f"set stages.{run.stage.name}.steps to at least {extra['step']}, or choose another run_dir",
         )
     own = {**run.engine.state(), "ema": run.ema.buffers}
+    check_model(checkpoint, run.engine.fragments, run.mesh)
     saved = read_state(checkpoint, run.engine.fragments, own, ("weight", "exp_avg", "exp_avg_sq", "ema"))
     run.ema.load(saved.pop("ema"), int(extra["ema_updates"]))
     run.engine.load_state(saved, int(extra["optimizer_steps"]))

@@ -1,0 +1,93 @@
+"""Which elements two fragments of one tensor share, as few rectangles: the whole of resharding.
+
+A cut along dimension k is a rectangle of columns in the matrix [prod(shape[:k]), prod(shape[k:])] of the whole tensor;
+a cut along dimension 0 (and a whole tensor) is a range of rows of any such matrix as well, because its elements are
+consecutive. A fragment is a range of the rectangle's elements in reading order, hence at most three rectangles: the
+rest of a row, whole rows, the beginning of a row. Two fragments share the intersections of theirs.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from unicom_dist.parallel.engine import Fragment
+
+
+@dataclass(frozen=True)
+class Shared:
+    """`rows` x `columns` elements: from `source` on, `source_pitch` apart, and likewise in the target fragment."""
+
+    rows: int
+    columns: int
+    source: int
+    source_pitch: int
+    target: int
+    target_pitch: int
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.rows * self.columns
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether the elements follow one another on both sides."""
+        return self.rows == 1 or self.columns == self.source_pitch == self.target_pitch
+
+
+@dataclass(frozen=True)
+class _Rectangle:
+    row: int
+    rows: int
+    column: int
+    columns: int
+    at: int  # of its first element in the fragment
+    pitch: int  # elements of the fragment from one of its rows to the next
+
+
+def shared(source: Fragment, target: Fragment) -> list[Shared]:
+    """The elements that two fragments of the same tensor have in common.
+
+    ValueError when they are cut along two different dimensions, neither of which is the first.
+    """
+    inner = {_dim(source), _dim(target)} - {0}
+    if len(inner) > 1:
+        raise ValueError(f"{source.name} is cut along dimensions {sorted(inner)}")
+    dim = inner.pop() if inner else 0
+    found = []
+    for a, b in product(_rectangles(source, dim), _rectangles(target, dim)):
+        row, column = max(a.row, b.row), max(a.column, b.column)
+        rows = min(a.row + a.rows, b.row + b.rows) - row
+        columns = min(a.column + a.columns, b.column + b.columns) - column
+        if rows > 0 and columns > 0:
+            ours, theirs = (r.at + (row - r.row) * r.pitch + column - r.column for r in (a, b))
+            found.append(Shared(rows, columns, ours, a.pitch, theirs, b.pitch))
+    return found
+
+
+def _dim(fragment: Fragment) -> int:
+    """Dimension of the cut; 0 where the elements are consecutive in the whole tensor."""
+    piece = fragment.piece
+    return 0 if piece.cut == piece.shape else piece.dim
+
+
+def _rectangles(fragment: Fragment, dim: int) -> Iterator[_Rectangle]:
+    """The rectangles of a fragment in the matrix of `dim`: 0 or that of its cut."""
+    piece = fragment.piece
+    own = _dim(fragment)
+    inner = math.prod(piece.shape[own + 1 :])
+    if own == dim and dim:
+        first, width, low = piece.begin * inner, piece.cut[dim] * inner, fragment.offset
+    else:
+        first, width = 0, math.prod(piece.shape[dim:])
+        low = (piece.begin * inner if piece.cut != piece.shape else 0) + fragment.offset
+    at, high = 0, low + fragment.numel
+    while low < high:
+        row, column = divmod(low, width)
+        if column or high - low < width:  # part of a row
+            rows, columns = 1, min(width - column, high - low)
+        else:
+            rows, columns = (high - low) // width, width
+        yield _Rectangle(row, rows, first + column, columns, at, width)
+        low, at = low + rows * columns, at + rows * columns

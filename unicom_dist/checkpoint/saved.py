@@ -1,0 +1,195 @@
+"""Reading a checkpoint under any layout: each rank finds the parts of its fragments in whichever files hold them.
+
+state.json says for every tensor of the model where its fragments lie, so a rank opens the files it needs and no others.
+Equal cuts are read straight into place; differing ones by the rectangles they share (`overlap`).
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unicom_dist.checkpoint.overlap import shared
+from unicom_dist.checkpoint.tensorfile import TensorFile
+from unicom_dist.config.errors import CheckpointError
+from unicom_dist.parallel.engine import Buffers, Fragment, Piece
+from unicom_dist.parallel.mesh import Mesh
+
+COMPLETE = "COMPLETE"
+FORMAT = 2
+DOCS = "docs/checkpoints.md"
+State = dict[str, Buffers]
+
+
+def rank_file(rank: int, world: int) -> str:
+    """Name of a rank's file."""
+    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a stage, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / COMPLETE).is_file())
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a stage, or None."""
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+class Checkpoint:
+    """A complete checkpoint. CheckpointError when it is incomplete, foreign, or a file that is needed is damaged.
+
+    `state`: the content of state.json. `shapes`: of the tensors of the whole model, by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / COMPLETE).is_file():
+            raise CheckpointError(
+                f"{path} is not a checkpoint", "it has no COMPLETE file", "name a folder step-… that has one", DOCS
+            )
+        try:
+            self.state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            if self.state["format"] != FORMAT:
+                raise ValueError(f"format {self.state['format']}, this version reads {FORMAT}")
+            self.step = int(self.state["step"])
+            self._files: list[list[Any]] = self.state["files"]
+            self._tensors: dict[str, dict[str, Any]] = self.state["tensors"]
+            self.shapes = {name: tuple(entry["shape"]) for name, entry in self._tensors.items()}
+            self.kinds = {name: tuple(entry["kinds"]) for name, entry in self._tensors.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}/state.json cannot be used",
+                f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error),
+                "remove the folder to use the one before it",
+                DOCS,
+            ) from None
+        self._open: dict[int, TensorFile] = {}
+
+    def file(self, number: int) -> TensorFile:
+        """A rank's file, checked to be the one that was written with this checkpoint."""
+        if number not in self._open:
+            name, size, digest = self._files[number]
+            file = TensorFile(self.path / name)
+            if (file.size, file.digest) != (size, digest):
+                differs = f"{file.size} bytes instead of {size}" if file.size != size else "its header is another one"
+                raise file.damaged(f"it is not the file that was written with this checkpoint: {differs}")
+            self._open[number] = file
+        return self._open[number]
+
+    def fragments(self, name: str) -> Iterator[tuple[int, Fragment]]:
+        """(number of the file, fragment) of a tensor."""
+        shape = self.shapes[name]
+        for number, dim, begin, length, offset, numel in self._tensors[name]["fragments"]:
+            yield number, Fragment(Piece(name, shape, dim, begin, length), offset, numel, 0, 0)
+
+    def fill(self, wanted: Fragment, kind: str, target: Tensor) -> None:
+        """Read the values of a fragment into `target` [numel], contiguous on the CPU."""
+        found = 0
+        for number, saved in self.fragments(wanted.name):
+            for part in shared(saved, wanted):
+                found += part.numel
+                if part.consecutive:
+                    place = target[part.target : part.target + part.numel]
+                    self.file(number).read_into(f"{kind}/{wanted.name}", part.source, place)
+                else:
+                    place = target[part.target :].as_strided((part.rows, part.columns), (part.target_pitch, 1))
+                    self.file(number).read_columns(f"{kind}/{wanted.name}", part.source, part.source_pitch, place)
+        if found != wanted.numel:
+            raise CheckpointError(
+                f"{self.path} holds {found} of {wanted.numel} values of {kind}/{wanted.name}",
+                "its state.json does not describe one whole model",
+                f"remove {self.path} to continue from the checkpoint before it",
+                DOCS,
+            )
+
+    def tensors(self, kind: str) -> "SavedTensors":
+        """The whole tensors of a kind ("weight", "ema", …), read one at a time when they are asked for."""
+        return SavedTensors(self, kind)
+
+
+class SavedTensors(Mapping[str, Tensor]):
+    """See `Checkpoint.tensors`. Memory: the tensors that the caller keeps."""
+
+    def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
+        self._checkpoint, self._kind = checkpoint, kind
+        self._names = [name for name, kinds in checkpoint.kinds.items() if kind in kinds]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        whole = torch.empty(self._checkpoint.shapes[name])
+        everything = Fragment(Piece(name, tuple(whole.shape)), 0, whole.numel(), 0, 0)
+        self._checkpoint.fill(everything, self._kind, whole.view(-1))
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def read_extra(checkpoint: Path) -> dict[str, Any]:
+    """What was given as `extra` when it was saved, and "step", "layout". CheckpointError as `Checkpoint`."""
+    return Checkpoint(checkpoint).state
+
+
+def read_state(checkpoint: Path, fragments: list[Fragment], like: State, kinds: tuple[str, ...]) -> State:
+    """CPU buffers shaped as `like`, filled with this rank's fragments, whatever layout wrote the checkpoint.
+
+    A kind that a tensor lacks (the moments of one that was frozen) stays zero.
+    CheckpointError when a tensor is missing or has another shape, or a file is damaged.
+    """
+    saved, mine = Checkpoint(checkpoint), _shapes(fragments)
+    _refuse_another_model(checkpoint, {name: saved.shapes[name] for name in mine.keys() & saved.shapes.keys()}, mine)
+    result: State = {kind: [torch.zeros(b.shape, dtype=b.dtype) for b in like[kind]] for kind in kinds}
+    for kind, buffers in result.items():
+        for f in fragments:
+            if kind in saved.kinds[f.name] and buffers[f.group].numel():
+                saved.fill(f, kind, buffers[f.group][f.start : f.start + f.numel])
+    return result
+
+
+def check_model(checkpoint: Path, fragments: list[Fragment], mesh: Mesh) -> None:
+    """CheckpointError unless the tensors are those of the whole model, no more and no less. Collective over pp."""
+    parts = [_shapes(fragments)]
+    if mesh.pp.size > 1:
+        parts *= mesh.pp.size
+        dist.all_gather_object(parts, parts[0], group=mesh.pp.group)
+    wanted = {name: shape for part in parts for name, shape in part.items()}
+    _refuse_another_model(checkpoint, Checkpoint(checkpoint).shapes, wanted)
+
+
+def read_rng(checkpoint: Path, mesh: Mesh) -> Tensor | None:
+    """This rank's random state, when the checkpoint was written under the same layout; else None."""
+    saved = Checkpoint(checkpoint)
+    if saved.state["layout"] != {**mesh.layout.sizes(), "zero_stage": mesh.layout.zero_stage}:
+        return None
+    file = saved.file(mesh.rank)
+    return file.read("rng/torch") if "rng/torch" in file else None
+
+
+def _shapes(fragments: list[Fragment]) -> dict[str, tuple[int, ...]]:
+    return {f.name: f.piece.shape for f in fragments}
+
+
+def _refuse_another_model(
+    checkpoint: Path, saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    if not differing:
+        return
+    first = differing[0]
+    has, needs = (list(shapes[first]) if first in shapes else "absent" for shapes in (saved, wanted))
+    raise CheckpointError(
+        f"{checkpoint} holds another model: {first}: {has} saved, {needs} configured",
+        f"{len(differing)} of {len(wanted)} parameters differ in name or shape",
+        "undo the change of the model's configuration, or choose another run_dir",
+        DOCS,
+    )
