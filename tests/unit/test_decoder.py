@@ -1,6 +1,8 @@
 """The pixel decoder against diffusers' FLUX transformer, and the border of the two conventions. One process."""
 
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,21 @@ CHANNELS = 20
 CONFIG = DecoderConfig(
     image_px=16, patch_px=4, double_blocks=2, single_blocks=2, heads=2, head_dim=16, rope_axes=(4, 6, 6)
 )
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "ImportError", "OSError", "AttributeError", "ValueError"])
+def test_a_torchvision_of_another_torch_is_hidden(error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(f"raise {error}('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # so that what the test leaves is undone
+    del sys.modules["torchvision"]
+    if error == "ValueError":  # nothing a mismatch ends in: not ours to hide
+        with pytest.raises(ValueError, match="nms"):
+            flux_class()
+        return
+    assert flux_class().__name__ == "FluxTransformer2DModel"
+    assert sys.modules["torchvision"] is None
 
 
 def decoder(config: DecoderConfig = CONFIG) -> PixelDecoder:

@@ -109,7 +109,7 @@ def _node() -> Check:
 def _accelerators() -> Iterator[Check]:
     try:
         import torch
-    except Exception as error:
+    except Exception as error:  # a broken installation fails in any way; doctor must say so and go on
         yield Check("torch", "missing", f"cannot be imported: {error}", "pip install --force-reinstall torch")
         return
     if torch.cuda.is_available():

@@ -18,7 +18,7 @@ from unicom_dist.data.decode import TargetCache
 from unicom_dist.data.npy import read_npy, to_tensor
 from unicom_dist.data.order import Order, generator_of
 from unicom_dist.data.pairs import feature_channels, grid_of, image_of, open_set, spread
-from unicom_dist.data.prefetch import BadSamples, State, StepLoader
+from unicom_dist.data.prefetch import BadSamples, Share, State, StepLoader
 from unicom_dist.data.samples import grid_positions
 from unicom_dist.data.shardset import ShardSet
 from unicom_dist.models.codec import CodecBatch
@@ -110,31 +110,29 @@ class CodecLoader(StepLoader[CodecBatch]):
         expect_fingerprint: Mapping[str, str] | None = None,
         prefetch: int = 2,
     ) -> None:
-        super().__init__(prefetch)
         names = ["train", "augmented"] if config.data.augmented_views else ["train"]
         sets = [open_set(config, name, expect_fingerprint=expect_fingerprint) for name in names]
         self._reader = _Reader(config, sets, stage.name, feature_channels(sets[0], config.encoder.kind))
         self._order = Order(len(self._reader), config.seed, stage.name)
-        self._batch, self._per_rank = stage.batch, share(stage.batch, dp_size, stage.micro_batches)
-        self._micro, self._first = self._per_rank // stage.micro_batches, dp_rank * self._per_rank
+        self._share = Share(stage.batch, dp_rank, dp_size, stage.micro_batches)
         self._step = 0
-        self._identity = {"stage": stage.name, "seed": config.seed, "samples": len(self._reader), "batch": stage.batch}
+        identity = {"stage": stage.name, "seed": config.seed, "samples": len(self._reader), "batch": stage.batch}
+        super().__init__(identity, prefetch)
 
     def report(self) -> dict[str, float]:
         """Figures for the metrics: malformed samples met so far."""
         return {"data/bad_samples": float(len(self._reader.bad.names))}
 
     def _next(self) -> list[CodecBatch]:
-        first = self._step * self._batch + self._first
-        draws = [self._order[ordinal] for ordinal in range(first, first + self._per_rank)]
+        first = self._step * self._share.total + self._share.first
+        draws = [self._order[ordinal] for ordinal in range(first, first + self._share.count)]
         self._step += 1
-        return [self._reader.batch(draws[at : at + self._micro]) for at in range(0, self._per_rank, self._micro)]
+        return [self._reader.batch(piece) for piece in self._share.cut(draws)]
 
     def _snapshot(self) -> State:
-        return {**self._identity, "step": self._step}
+        return {"step": self._step}
 
     def _restore(self, state: State) -> None:
-        check_identity(state, self._identity)
         self._step = int(state["step"])
 
 
@@ -145,26 +143,3 @@ def heldout_codec_batches(config: Config, t: float, limit: int, batch: int = 32)
     numbers = spread(limit, len(pairs))
     for first in range(0, len(numbers), batch):
         yield reader.batch([(number, 0) for number in numbers[first : first + batch]], fixed_t=t)
-
-
-def share(batch: int, dp_size: int, micro_batches: int) -> int:
-    """Samples (or rows) of a step per rank. DataError unless ranks and micro-batches get equal pieces."""
-    if batch % (dp_size * micro_batches):
-        raise DataError(
-            f"batch = {batch} does not divide among {dp_size} ranks x {micro_batches} micro-batches",
-            "every rank takes equally many pieces of a step",
-            f"use a multiple of {dp_size * micro_batches}",
-        )
-    return batch // dp_size
-
-
-def check_identity(state: State, identity: Mapping[str, object]) -> None:
-    """DataError unless `state` was taken from the same stage over the same data."""
-    for name, value in identity.items():
-        if state.get(name) != value:
-            raise DataError(
-                f"the saved data position has {name} = {state.get(name)!r}, this run has {value!r}",
-                "the order of the samples depends on it, so the position means nothing here",
-                "start the stage anew, or restore the configuration and data it was started with",
-                "docs/data.md",
-            )

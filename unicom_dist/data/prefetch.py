@@ -9,12 +9,14 @@ import logging
 import queue
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from unicom_dist.config.errors import DataError
 
 log = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
+Item = TypeVar("Item")
 State = dict[str, Any]
 _POLL_S = 0.2
 
@@ -25,10 +27,35 @@ class _Ready(NamedTuple):
     error: BaseException | None
 
 
-class StepLoader(ABC, Generic[Batch]):
-    """`next_step()` gives this rank's micro-batches; `state_dict()` is the position after it, of constant size."""
+class Share:
+    """What one rank takes of a step of `total` samples or rows: `count` from number `first` on, in equal pieces.
 
-    def __init__(self, prefetch: int) -> None:
+    DataError unless all ranks and micro-batches get pieces of one size.
+    """
+
+    def __init__(self, total: int, dp_rank: int, dp_size: int, micro_batches: int) -> None:
+        if total % (dp_size * micro_batches):
+            raise DataError(
+                f"batch = {total} does not divide among {dp_size} ranks x {micro_batches} micro-batches",
+                "every rank takes equally many pieces of a step",
+                f"use a multiple of {dp_size * micro_batches}",
+            )
+        self.total, self.count = total, total // dp_size
+        self.first, self._piece = dp_rank * self.count, self.count // micro_batches
+
+    def cut(self, mine: Sequence[Item]) -> list[Sequence[Item]]:
+        """This rank's `count` items, a piece per micro-batch."""
+        return [mine[at : at + self._piece] for at in range(0, self.count, self._piece)]
+
+
+class StepLoader(ABC, Generic[Batch]):
+    """`next_step()` gives this rank's micro-batches; `state_dict()` is the position after it, of constant size.
+
+    identity: what the order of the samples depends on; a position is taken up again only where it is the same.
+    """
+
+    def __init__(self, identity: Mapping[str, object], prefetch: int) -> None:
+        self._identity = dict(identity)
         self._queue: queue.Queue[_Ready] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -44,7 +71,7 @@ class StepLoader(ABC, Generic[Batch]):
 
     @abstractmethod
     def _restore(self, state: State) -> None:
-        """Continue from a snapshot. DataError if it belongs to other data or another stage."""
+        """Continue from a snapshot."""
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next step. Raises what went wrong while preparing them."""
@@ -60,10 +87,18 @@ class StepLoader(ABC, Generic[Batch]):
 
     def state_dict(self) -> State:
         """The position after the last step received; the same on every rank and for any number of ranks."""
-        return self._snapshot() if self._state is None else self._state
+        return {**self._identity, **(self._snapshot() if self._state is None else self._state)}
 
     def load_state_dict(self, state: State) -> None:
-        """Continue after the step at which `state` was taken."""
+        """Continue after the step at which `state` was taken. DataError if that was in other data or another stage."""
+        for name, value in self._identity.items():
+            if state.get(name) != value:
+                raise DataError(
+                    f"the saved data position has {name} = {state.get(name)!r}, this run has {value!r}",
+                    "the order of the samples depends on it, so the position means nothing here",
+                    "start the stage anew, or restore the configuration and data it was started with",
+                    "docs/data.md",
+                )
         self.close()
         self._restore(state)
         self._state = self._snapshot()

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, StageConfig
-from unicom_dist.data.codec_loader import check_identity, share
 from unicom_dist.data.mixture import MixtureSchedule
 from unicom_dist.data.npy import gather
 from unicom_dist.data.order import Order, generator_of, key_of
 from unicom_dist.data.packing import Packer
 from unicom_dist.data.pairs import captions_of, document, feature_channels, grid_of, open_set, spread
-from unicom_dist.data.prefetch import BadSamples, State, StepLoader
+from unicom_dist.data.prefetch import BadSamples, Share, State, StepLoader
 from unicom_dist.data.samples import Content, Layout, Layouts, Task, collate
 from unicom_dist.data.shardset import ShardSet
 from unicom_dist.data.text import Vocabulary
@@ -143,7 +142,6 @@ class PriorLoader(StepLoader[PackedBatch]):
         expect_fingerprint: Mapping[str, str] | None = None,
         prefetch: int = 2,
     ) -> None:
-        super().__init__(prefetch)
         weights = {task: getattr(stage.mixture, task) for task in get_args(Task)}
         self._mixture = MixtureSchedule(weights)
         latents = "text_to_image" in self._mixture.shares
@@ -153,16 +151,16 @@ class PriorLoader(StepLoader[PackedBatch]):
         self._ordinals = dict.fromkeys(self._mixture.shares, 0)
         self._packer: Packer[Planned] = Packer(stage.row_positions)
         self._bad = BadSamples(len(pairs), config.data.max_bad_fraction)
-        self._rows, self._per_rank = stage.batch, share(stage.batch, dp_size, stage.micro_batches)
-        self._micro, self._first = self._per_rank // stage.micro_batches, dp_rank * self._per_rank
+        self._share = Share(stage.batch, dp_rank, dp_size, stage.micro_batches)
         self._step, self._row_count, self._filled = 0, 0, 0
-        self._identity = {
+        identity = {
             "stage": stage.name,
             "seed": config.seed,
             "samples": len(pairs),
             "mixture": self._mixture.shares,
             "row_positions": stage.row_positions,
         }
+        super().__init__(identity, prefetch)
 
     def report(self) -> dict[str, float]:
         """Figures for the metrics: empty share of the rows since the start, malformed samples met."""
@@ -171,13 +169,12 @@ class PriorLoader(StepLoader[PackedBatch]):
         return {"data/pad_fraction": empty, "data/bad_samples": float(len(self._bad.names))}
 
     def _next(self) -> list[PackedBatch]:
-        rows = [self._next_row() for _ in range(self._rows)]
+        rows = [self._next_row() for _ in range(self._share.total)]
         self._step += 1
         self._row_count += len(rows)
         self._filled += sum(planned.length for row in rows for planned in row)
-        mine = rows[self._first : self._first + self._per_rank]
-        cuts = [mine[at : at + self._micro] for at in range(0, self._per_rank, self._micro)]
-        return [self._reader.read([planned for row in cut for planned in row]) for cut in cuts]
+        mine = rows[self._share.first : self._share.first + self._share.count]
+        return [self._reader.read([planned for row in piece for planned in row]) for piece in self._share.cut(mine)]
 
     def _next_row(self) -> list[Planned]:
         while True:
@@ -202,7 +199,6 @@ class PriorLoader(StepLoader[PackedBatch]):
 
     def _snapshot(self) -> State:
         return {
-            **self._identity,
             "step": self._step,
             "counts": dict(self._mixture.counts),
             "ordinals": dict(self._ordinals),
@@ -210,7 +206,6 @@ class PriorLoader(StepLoader[PackedBatch]):
         }
 
     def _restore(self, state: State) -> None:
-        check_identity(state, self._identity)
         self._step = int(state["step"])
         self._mixture.counts = {task: int(n) for task, n in state["counts"].items()}
         self._ordinals = {task: int(n) for task, n in state["ordinals"].items()}

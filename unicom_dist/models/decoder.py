@@ -28,13 +28,14 @@ def flux_class() -> Any:
     """`diffusers.FluxTransformer2DModel`, imported when first needed (seconds).
 
     Workaround: a torchvision built for another torch fails on import and takes diffusers with it, which has no need of
-    it here; it is hidden then. Remove when diffusers imports it only on use.
+    it here; it is hidden then. Remove when diffusers imports it only on use. What it fails with depends on where the
+    two differ: an operator (RuntimeError), a library's symbol (ImportError, OSError), a Python name (AttributeError).
     """
     try:
         import_module("torchvision")
-    except ImportError:
+    except ModuleNotFoundError:
         pass
-    except Exception:
+    except (ImportError, OSError, RuntimeError, AttributeError):
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         sys.modules["torchvision"] = None  # type: ignore[assignment]

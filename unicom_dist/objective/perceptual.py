@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,7 +69,7 @@ class Lpips(nn.Module):
         network = cls(kind)
         try:
             network.load_state_dict(load_file(path))
-        except Exception as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
                 f"{path} is not an LPIPS {kind} network", reason, "delete it and run unicom data fetch"

@@ -140,7 +140,7 @@ def mirror(run_dir: Path, uri: str, experiment: str, follow: Follow | None, poll
                     runs.finish(status)
                 return _EXIT_SENT
             wait_s, answered_s = poll_s, time.monotonic()
-        except Exception as error:
+        except Exception as error:  # whatever MLflow and its clients raise: it is tried again
             text = without_credentials(" ".join(str(error).split()))
             log.warning("MLflow at %s: %s: %.300s", without_credentials(uri), type(error).__name__, text)
             if ending and time.monotonic() - answered_s > patience_s:
