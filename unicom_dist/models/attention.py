@@ -6,11 +6,13 @@ Shapes: S positions, H query heads and G key heads of K channels, B samples of a
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from unicom_dist.models.kept import Kept
 from unicom_dist.models.layers import attend
 from unicom_dist.models.segments import Segment
 
@@ -59,6 +61,23 @@ def visible(segments: Sequence[Segment]) -> Tensor:
     spread = _spread(segments)
     same_sample = spread.sample[:, None] == spread.sample[None, :]
     return same_sample & _sees(torch.arange(spread.sample.shape[0]), spread)
+
+
+class Take(torch.autograd.Function):
+    """x[index] for distinct indices; the backward pass writes rows instead of accumulating them one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        """x [S, h] -> [len(index), h]."""
+        ctx.save_for_backward(index)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Zeros but for the rows taken."""
+        (index,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.rows, grads[0].shape[1]).index_copy_(0, index, grads[0]), None
 
 
 class Rearrange(torch.autograd.Function):
@@ -134,11 +153,25 @@ class AttentionPlan:
             return query
         heads, key_heads = query.shape[1], key.shape[1]
         joined = rearrange(torch.cat([query, key, value], 1), self.gather, self.scatter)
-        outs = []
+        outs, savings = [], []
         for (size, longest, bias), piece in zip(
             self.buckets, torch.split(joined, [size * longest for size, longest, _ in self.buckets]), strict=True
         ):
             piece = piece.view(size, longest, -1, query.shape[2]).transpose(1, 2)
             q, k, v = torch.split(piece, [heads, key_heads, key_heads], dim=1)
-            outs.append(attend(q, k, v, bias).transpose(1, 2).reshape(size * longest, heads, -1))
-        return rearrange(torch.cat(outs), self.scatter, self.gather)
+            with Kept() as kept:
+                padded = attend(q, k, v, bias).transpose(1, 2)
+            outs.append(padded.reshape(size * longest, heads, -1))
+            savings.append((kept, padded))
+        out = rearrange(torch.cat(outs), self.scatter, self.gather)
+        # The kernels need their own result in the backward pass; the next product keeps `out`, the same numbers.
+        place = 0
+        for kept, padded in savings:
+            rows = self.gather[place : place + padded.shape[0] * padded.shape[1]]
+            place += len(rows)
+            kept.replace(padded, partial(_padded, out.detach(), rows, padded.shape))
+        return out
+
+
+def _padded(out: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    return out.index_select(0, rows).view(shape)

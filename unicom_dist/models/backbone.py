@@ -1,22 +1,47 @@
 """The Qwen2.5 decoder, with attention left to the caller.
 
 Parameter names equal those of transformers' `Qwen2ForCausalLM`, so published folders load as they are. The layers work
-on one axis of S positions and know nothing of samples or masks: an `Attend` (attention.py) does.
+on one axis of S positions and know nothing of samples or masks: an `Attend` (attention.py) does. A `Part` of the model
+holds some of its layers under the names they have in the whole.
 Shapes: S positions, D width, H query heads and G key heads of K channels, V vocabulary.
 """
+
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unicom_dist.config.layout import Recompute
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models.attention import Attend, AttentionPlan
 from unicom_dist.models.head import LanguageHead
-from unicom_dist.models.init import initialise
+from unicom_dist.models.init import fill, initial
+from unicom_dist.models.kept import Kept, recomputed_whole
 from unicom_dist.models.layers import GatedMlp, RMSNorm, rotary_angles, rotate
 from unicom_dist.models.segments import Segment
 
 INITIAL_STD = 0.02  # Qwen2's initializer_range
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank of a pipeline holds: `layers[c]` are the layers of its chunk c; no ranges mean all layers.
+
+    first: the embedding and the ways in of the images, before chunk 0. last: the norm and the heads, after the last.
+    """
+
+    first: bool = True
+    last: bool = True
+    layers: tuple[range, ...] = ()
+
+    def chunks(self, layers: int) -> tuple[range, ...]:
+        """The layers of each chunk, in a model of so many."""
+        return self.layers or (range(layers),)
+
+
+WHOLE = Part()
 
 
 class Attention(nn.Module):
@@ -30,12 +55,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden, config.kv_heads * self.head_dim)
         self.o_proj = nn.Linear(config.heads * self.head_dim, config.hidden, bias=False)
 
+    def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries [S, H K], keys and values [S, G K] of x [S, D]."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
         """[S, D] -> [S, D]; cos and sin [S, K]."""
-        query = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        key = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        out: Tensor = self.o_proj(attend(layer, query, key, value).flatten(-2))
+        query, key, value = (projected.view(len(projected), -1, self.head_dim) for projected in self.qkv(x))
+        out: Tensor = self.o_proj(attend(layer, rotate(query, cos, sin), rotate(key, cos, sin), value).flatten(-2))
         return out
 
 
@@ -49,47 +76,72 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
-        """[S, D] -> [S, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, layer)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int, selective: bool = False
+    ) -> Tensor:
+        """[S, D] -> [S, D]. `selective`: norms and the MLP's activation are computed again in the backward pass."""
+        normed = self.input_layernorm(x)
+        with Kept(selective) as kept:
+            x, before = x + self.self_attn(normed, cos, sin, attend, layer), x
+        kept.replace(normed, self.input_layernorm.again(before))
+        normed = self.post_attention_layernorm(x)
+        with Kept(selective) as kept:
+            out: Tensor = x + self.mlp(normed, selective)
+        kept.replace(normed, self.post_attention_layernorm.again(x))
         return out
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm (`model.` in the published names)."""
+    """Embedding, layers and final norm (`model.` in the published names), or a part of them."""
 
-    def __init__(self, config: PriorConfig, vocab_size: int) -> None:
+    def __init__(self, config: PriorConfig, vocab_size: int, part: Part = WHOLE) -> None:
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(vocab_size, config.hidden)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.config, self.part = config, part
+        self.chunks = part.chunks(config.layers)
+        self.recompute: Recompute = "full" if config.gradient_checkpointing else "none"
+        if part.first:
+            self.embed_tokens = nn.Embedding(vocab_size, config.hidden)
+        self.layers = nn.ModuleDict({str(number): Layer(config) for chunk in self.chunks for number in chunk})
+        if part.last:
+            self.norm = RMSNorm(config.hidden, config.norm_eps)
 
-    def forward(self, x: Tensor, rope_positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [S, D] after the final norm, from input vectors [S, D] at `rope_positions` [S]."""
+    def forward(self, x: Tensor, rope_positions: Tensor, attend: Attend, chunk: int = 0) -> Tensor:
+        """[S, D] -> [S, D] through the layers of a chunk at `rope_positions` [S]; after the last, the final norm."""
         cos, sin = rotary_angles(rope_positions, self.config.hidden // self.config.heads, self.config.rope_theta)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        recompute = self.config.gradient_checkpointing and torch.is_grad_enabled()
-        for number, layer in enumerate(self.layers):
+        recompute = self.recompute == "full" and torch.is_grad_enabled()
+        selective = self.recompute == "selective"
+        for number in self.chunks[chunk]:
+            layer = self.layers[str(number)]
             if recompute:
-                x = checkpoint(layer, x, cos, sin, attend, number, use_reentrant=False)
+                x = checkpoint(
+                    layer, x, cos, sin, attend, number, use_reentrant=False, context_fn=recomputed_whole
+                )
             else:
-                x = layer(x, cos, sin, attend, number)
-        hidden: Tensor = self.norm(x)
-        return hidden
+                x = layer(x, cos, sin, attend, number, selective)
+        return self.norm(x) if self.ends(chunk) else x
+
+    def ends(self, chunk: int) -> bool:
+        """Whether the chunk is the end of the model."""
+        return self.part.last and chunk == len(self.chunks) - 1
 
 
 class Qwen2(nn.Module):
-    """Qwen2.5 with its language head. `seed` alone decides the initial weights."""
+    """Qwen2.5 with its language head, or a part of it. `seed` alone decides the initial weights.
 
-    def __init__(self, config: PriorConfig, vocab_size: int, seed: int = 0, prefix: str = "") -> None:
+    A tied head is the embedding itself where both are held; a part with the head alone has a copy.
+    """
+
+    def __init__(
+        self, config: PriorConfig, vocab_size: int, seed: int = 0, prefix: str = "", part: Part = WHOLE
+    ) -> None:
         super().__init__()
-        self.model = Decoder(config, vocab_size)
-        self.lm_head = LanguageHead(config.hidden, vocab_size)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        initialise(self, seed, INITIAL_STD, prefix)
+        self.model = Decoder(config, vocab_size, part)
+        if part.last:
+            self.lm_head = LanguageHead(config.hidden, vocab_size)
+            if config.tie_embeddings and part.first:
+                self.lm_head.weight = self.model.embed_tokens.weight
+        fill(self, partial(initial, seed=seed, std=INITIAL_STD), prefix)
 
     def forward(self, token_ids: Tensor, rope_positions: Tensor, segments: list[Segment]) -> Tensor:
         """Logits [S, V] of a packing of text alone: token_ids and rope_positions [S]."""

@@ -3,11 +3,13 @@
 Text enters by the embedding, raw image features by a two-layer connector, noised latents by a linear map plus
 embeddings of time and place. The language head reads the labels' positions, the flow head the latents'. Every tower
 runs on every batch, also on zero rows, so that ranks with different modalities stay in step.
+A pipeline's rank holds a `Part`; which positions a rank computes on is up to its `share` (in one process, all).
 Shapes as in `segments.py`: S positions, T tokens, Y labels, N latents of d channels, M features of D channels, h width.
 Time: t = 1 is data. Ref: UniCom arXiv 2603.10702, section 3.3.
 """
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,30 +17,23 @@ from torch import Tensor, nn
 
 from unicom_dist.config.errors import ConfigError, DataError
 from unicom_dist.config.schema import PriorConfig
-from unicom_dist.models.attention import Attend, AttentionPlan, rearrange
-from unicom_dist.models.backbone import Qwen2
+from unicom_dist.models.attention import Attend, Take, rearrange
+from unicom_dist.models.backbone import INITIAL_STD, WHOLE, Part, Qwen2
 from unicom_dist.models.cache import AfterPrefix, Prefix, Recorder
 from unicom_dist.models.flow import interpolate
-from unicom_dist.models.init import initialise
+from unicom_dist.models.init import fill, initial
 from unicom_dist.models.layers import RMSNorm, TimeEmbedding, at_grid, grid_table
 from unicom_dist.models.segments import PackedBatch
+from unicom_dist.models.share import Share
+from unicom_dist.parallel.engine import Piece
+from unicom_dist.parallel.mesh import Mesh
 
 
-class Take(torch.autograd.Function):
-    """x[index] for distinct indices; the backward pass writes rows instead of accumulating them one by one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        """x [S, h] -> [len(index), h]."""
-        ctx.save_for_backward(index)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Zeros but for the rows taken."""
-        (index,) = ctx.saved_tensors
-        return grads[0].new_zeros(ctx.rows, grads[0].shape[1]).index_copy_(0, index, grads[0]), None
+def initial_weight(piece: Piece, seed: int) -> Tensor:
+    """A piece of a new model (with its seed, a `Source`). The flow head starts at zero, as it knows nothing."""
+    if piece.name == "flow_head.out.weight":
+        return torch.zeros(piece.cut)
+    return initial(piece, seed, INITIAL_STD if piece.name.startswith("backbone.") else 0.0)
 
 
 class Connector(nn.Module):
@@ -57,7 +52,7 @@ class Connector(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Velocity from hidden states; starts at zero, as a fresh model knows nothing."""
+    """Velocity from hidden states."""
 
     def __init__(self, width: int, channels: int, eps: float) -> None:
         super().__init__()
@@ -71,15 +66,21 @@ class FlowHead(nn.Module):
 
 
 class Transfusion(nn.Module):
-    """Backbone, the ways in and the ways out. `seed` alone decides the initial weights.
+    """Backbone, the ways in and the ways out, or a part of them. `seed` alone decides the initial weights.
 
-    Raises: ConfigError if the width does not fit the position table.
+    On the meta device it has shapes but no weights. Raises: ConfigError if the width does not fit the position table.
     """
 
     places: Tensor
 
     def __init__(
-        self, config: PriorConfig, vocab_size: int, latent_channels: int, feature_channels: int, seed: int = 0
+        self,
+        config: PriorConfig,
+        vocab_size: int,
+        latent_channels: int,
+        feature_channels: int,
+        seed: int = 0,
+        part: Part = WHOLE,
     ) -> None:
         super().__init__()
         if config.hidden % 4:
@@ -88,22 +89,26 @@ class Transfusion(nn.Module):
                 "the 2-D position table needs sines and cosines of rows and columns: a multiple of 4",
                 f"prior.hidden = {config.hidden // 4 * 4} or {config.hidden // 4 * 4 + 4}",
             )
-        self.config = config
+        self.config, self.part = config, part
+        self.share = Share(Mesh(0, 1, torch.device("cpu")))
         self.latent_channels, self.feature_channels = latent_channels, feature_channels
-        self.backbone = Qwen2(config, vocab_size, seed, "backbone.")
-        self.latent_in = nn.Linear(latent_channels, config.hidden)
-        self.time = TimeEmbedding(config.hidden)
-        self.connector = Connector(feature_channels, config.hidden)
-        self.flow_head = FlowHead(config.hidden, latent_channels, config.norm_eps)
-        for name in ("latent_in", "time", "connector", "flow_head"):
-            initialise(getattr(self, name), seed, prefix=f"{name}.")
-        nn.init.zeros_(self.flow_head.out.weight)
-        self.register_buffer("places", grid_table(config.max_grid, config.hidden), persistent=False)
+        self.backbone = Qwen2(config, vocab_size, seed, "backbone.", part)
+        if part.first:
+            self.latent_in = nn.Linear(latent_channels, config.hidden)
+            self.time = TimeEmbedding(config.hidden)
+            self.connector = Connector(feature_channels, config.hidden)
+            with torch.device("cpu"):  # computed, not drawn: also there while the weights are not
+                self.register_buffer("places", grid_table(config.max_grid, config.hidden), persistent=False)
+        if part.last:
+            self.flow_head = FlowHead(config.hidden, latent_channels, config.norm_eps)
+        for name, tower in self.named_children():
+            if name != "backbone":
+                fill(tower, partial(initial_weight, seed=seed), f"{name}.")
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, in which everything between the borders is computed."""
-        return self.latent_in.weight.dtype
+        return next(self.parameters()).dtype
 
     def train_only(self, part: Literal["all", "connector"]) -> None:
         """Choose what the optimizer may move: everything, or the ways in and out of the images alone."""
@@ -125,29 +130,46 @@ class Transfusion(nn.Module):
         vectors: Tensor = self.latent_in(z_t.to(self.dtype)) + self.time(t) + self.place(grid)
         return vectors
 
-    def embed(self, batch: PackedBatch) -> Tensor:
-        """Input vectors [S, h] of all positions."""
-        text = self.backbone.model.embed_tokens(batch.token_ids)
+    def embed(self, batch: PackedBatch, text: Tensor) -> Tensor:
+        """Input vectors [S, h] of all positions, given those of the tokens [T, h]; padding is zero."""
         z_t = interpolate(batch.latents.float(), batch.noise.float(), batch.t.float())
         latents = self.embed_latents(z_t, batch.t, batch.latent_grid)
         features = self.connector(batch.features.to(self.dtype)) + self.place(batch.feature_grid)
-        where = torch.cat([batch.token_index, batch.latent_index, batch.feature_index])
+        rows, places = [text, latents, features], [batch.token_index, batch.latent_index, batch.feature_index]
+        padding = batch.num_positions - sum(len(place) for place in places)
+        if padding:
+            rows.append(text.new_zeros(padding, text.shape[1]))
+            places.append(torch.arange(batch.num_positions - padding, batch.num_positions, device=text.device))
+        where = torch.cat(places)
         back = torch.empty_like(where)
         back[where] = torch.arange(where.shape[0], device=where.device)
-        return rearrange(torch.cat([text, latents, features]), back, where)
+        return rearrange(torch.cat(rows), back, where)
 
     def hidden(self, batch: PackedBatch, attend: Attend) -> Tensor:
-        """Hidden states [S, h] after the final norm."""
-        hidden: Tensor = self.backbone.model(self.embed(batch), batch.rope_positions, attend)
+        """Hidden states [S, h] after the final norm, all positions of the batch in this process."""
+        x = self.embed(batch, self.backbone.model.embed_tokens(batch.token_ids))
+        hidden: Tensor = self.backbone.model(x, batch.rope_positions, attend)
         return hidden
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy [Y] of the labels, nats, and velocity [N, d] at the latents, both float32."""
-        plan = AttentionPlan.build(batch.segments, self.dtype, batch.rope_positions.device)
-        hidden = self.hidden(batch, plan)
-        rows = Take.apply(hidden, torch.cat([batch.label_index, batch.latent_index]))  # type: ignore[no-untyped-call]
-        labels, latents = torch.split(rows, [batch.label_index.shape[0], batch.latent_index.shape[0]])
-        return self.backbone.lm_head(labels, batch.label_ids), self.flow_head(latents).float()
+    def forward(self, batch: PackedBatch, x: Tensor | None = None, chunk: int = 0) -> Any:
+        """Cross-entropy [Y] of the labels, nats, and velocity [N, d] at the latents, both float32.
+
+        In a share of the batch: of the labels and latents in its region. In a part of the model: `x` is what the part
+        before returned (None at the beginning of the model), and before the end hidden states are returned. Both are
+        [n, h], n = `share.rows(batch)`. Collective over tp and ulysses, in forward and in backward.
+        """
+        share, backbone = self.share, self.backbone
+        region, attend = share.region(batch), share.attend(batch, self.dtype)
+        if x is None:
+            mine = share.slice_of(region)
+            x = self.embed(mine, share.text(backbone.model.embed_tokens, region, mine))
+        hidden = backbone.model(x, region.rope_positions, attend, chunk)
+        if not backbone.model.ends(chunk):
+            return hidden
+        index = torch.cat([region.label_index, region.latent_index])
+        rows = Take.apply(share.gather(hidden), index)  # type: ignore[no-untyped-call]
+        labels, latents = torch.split(rows, [region.label_index.shape[0], region.latent_index.shape[0]])
+        return backbone.lm_head(labels, region.label_ids), self.flow_head(latents).float()
 
     @torch.no_grad()
     def encode_prefix(self, batch: PackedBatch) -> Prefix:
