@@ -38,9 +38,11 @@ from unicom_dist.testing.shards import write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.train.callbacks import Observer
 from unicom_dist.train.ema import Ema
+from unicom_dist.train.execution import Execution
 from unicom_dist.train.loop import Run, make_engine, train_step
 from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.stages import make_task
+from unicom_dist.train.watchdog import Watchdog
 
 LATENT_CHANNELS, FEATURE_CHANNELS = 4, 12
 LR, CLIP, LOG_EVERY = 1e-4, 1.0, 10
@@ -117,7 +119,9 @@ def ours(config: Config, batch: PackedBatch) -> Method:
     ema = Ema(engine.state()["weight"], stage.ema)
     store: Any = None
     loader: Any = Same(batch)
-    state = Run(config, stage, task, mesh, engine, ema, loader, store, StopRequest())
+    dog = Watchdog()
+    execution = Execution(task, engine, mesh, dog)
+    state = Run(config, stage, task, mesh, engine, ema, loader, store, StopRequest(), dog, execution)
     observer = Observer(state, io.StringIO()).__enter__()
 
     def run(steps: int) -> float:

@@ -1,7 +1,8 @@
 """The training loop of one stage, in the order in which things happen.
 
-A step: read this rank's micro-batches; sum the items of every loss term over ranks and micro-batches (one all-reduce,
-which also carries the wish to stop); forward and backward on each; one gradient reduction; clip; AdamW; moving average.
+A step: read the micro-batches of this dp coordinate; sum the items of every loss term over ranks and micro-batches (one
+all-reduce, which also carries the wish to stop); forward and backward on each; one gradient reduction; clip; AdamW;
+moving average.
 Losses are divided by the global counts, so neither they nor the gradients depend on how the samples were cut. Nothing
 else happens in a step: figures, pictures and checkpoints look in every so many steps.
 """
@@ -20,18 +21,20 @@ from torch import nn
 from unicom_dist.checkpoint.saved import check_model, latest, read_extra, read_rng, read_state
 from unicom_dist.checkpoint.store import CheckpointStore
 from unicom_dist.config.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
+from unicom_dist.config.layout import DOCS, refusals
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.prefetch import StepLoader
-from unicom_dist.objective.terms import total
 from unicom_dist.parallel.engine import Engine, OptimizerConfig, whole_tensors
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.plain import PlainEngine
 from unicom_dist.parallel.zero3 import Zero3Engine
 from unicom_dist.train.callbacks import Observer
 from unicom_dist.train.ema import Ema
+from unicom_dist.train.execution import Execution
 from unicom_dist.train.schedule import learning_rate
 from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.stages import Task, make_task
+from unicom_dist.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +52,25 @@ class Run:
     loader: StepLoader[Any]
     store: CheckpointStore
     stop: StopRequest
+    watchdog: Watchdog
+    execution: Execution
     step: int = 0
+    begun: int = 0  # the step this process began at
 
 
-def train_stage(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest, terminal: IO[str] | None) -> None:
+def train_stage(
+    config: Config,
+    stage: StageConfig,
+    mesh: Mesh,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    terminal: IO[str] | None,
+) -> None:
     """Train `stage` from where it stands to its last step and export its weights. Collective over the world.
 
     Preempted: a rank was asked to stop; all of them finished the step and wrote a checkpoint.
     """
-    run = start_run(config, stage, mesh, stop)
+    run = start_run(config, stage, mesh, stop, watchdog)
     with run.store, Observer(run, terminal) as observer:
         while run.step < stage.steps:
             stopping = train_step(run, observer)
@@ -84,41 +97,44 @@ def train_stage(config: Config, stage: StageConfig, mesh: Mesh, stop: StopReques
 def train_step(run: Run, observer: Observer) -> bool:
     """One optimizer step; whether any rank was asked to stop. Collective over the world."""
     began = time.perf_counter()
-    batches = run.loader.next_step()
-    waited = time.perf_counter() - began
-    counts, amounts, stopping = count_step(run, batches)
-    if run.mesh.device.type != "cpu":
-        batches = [batch.to(run.mesh.device) for batch in batches]
-    with run.engine.accumulate():
-        for batch in batches:
-            terms = run.task.terms(run.engine(batch), batch)
-            run.engine.backward(total(terms, counts, run.mesh.zero.size))
-            observer.add_losses(terms)
-    lr = learning_rate(run.stage, run.step)
-    try:
-        norm = run.engine.step(lr)
-    except NonFiniteError:
-        keep_keys(run, batches)
-        raise
-    run.ema.update()
+    with run.watchdog.watching(first=run.step == run.begun):
+        run.watchdog.doing("waiting for data")
+        batches = run.loader.next_step()
+        waited = time.perf_counter() - began
+        run.watchdog.doing("sum of the counts over all ranks")
+        counts, amounts, stopping = count_step(run, batches)
+        if run.mesh.device.type != "cpu":
+            batches = [batch.to(run.mesh.device) for batch in batches]
+        run.execution.train(batches, counts, observer.add_losses)
+        lr = learning_rate(run.stage, run.step)
+        run.watchdog.doing("optimizer step")
+        try:
+            norm = run.engine.step(lr)
+        except NonFiniteError:
+            keep_keys(run, batches)
+            raise
+        run.ema.update()
     run.step += 1
     observer.step_done(counts, amounts, lr, norm, waited, time.perf_counter() - began)
     return stopping
 
 
 def count_step(run: Run, batches: list[Any]) -> tuple[dict[str, int], dict[str, float], bool]:
-    """Items per loss term and amounts of the whole step; whether any rank wants to stop. Collective over dp."""
+    """Items per loss term and amounts of the whole step; whether any rank wants to stop. Collective over the world.
+
+    Of the ranks that work on the same batches one counts them.
+    """
     counts: dict[str, float] = {}
     amounts: dict[str, float] = {}
     for batch in batches:
         add_up(counts, run.task.counts(batch))
         add_up(amounts, run.task.amounts(batch))
     stop = run.stop.requested
-    if run.mesh.dp.size > 1:
-        vector = torch.tensor(
-            [*counts.values(), *amounts.values(), float(stop)], dtype=torch.float64, device=run.mesh.device
-        )
-        values = run.mesh.dp.sum(vector).tolist()
+    if run.mesh.world > 1:
+        share = float(run.mesh.model.rank == 0)
+        vector = [share * value for value in (*counts.values(), *amounts.values())]
+        summed = torch.tensor([*vector, float(stop)], dtype=torch.float64, device=run.mesh.device)
+        values = run.mesh.everyone.sum(summed).tolist()
         counts = dict(zip(counts, values, strict=False))
         amounts = dict(zip(amounts, values[len(counts) :], strict=False))
         stop = values[-1] > 0
@@ -131,7 +147,7 @@ def add_up(totals: dict[str, float], values: Mapping[str, float]) -> None:
         totals[name] = totals.get(name, 0.0) + value
 
 
-def start_run(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest) -> Run:
+def start_run(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest, watchdog: Watchdog) -> Run:
     """Model, engine, data and where they stand: the stage's newest checkpoint, else the stage before. Collective."""
     task = make_task(config, stage)
     module = task.build()
@@ -147,7 +163,8 @@ def start_run(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest)
         engine.load_state(read_state(before, engine.fragments, own, ("weight",)), 0)
         log.info("stage %s starts from %s", stage.name, before)
     ema = Ema(engine.state()["weight"], stage.ema)
-    run = Run(config, stage, task, mesh, engine, ema, loader, store, stop)
+    execution = Execution(task, engine, mesh, watchdog)
+    run = Run(config, stage, task, mesh, engine, ema, loader, store, stop, watchdog, execution)
     if checkpoint is not None:
         resume(run, checkpoint)
     return run
@@ -208,7 +225,7 @@ def resume(run: Run, checkpoint: Path) -> None:
     rng = read_rng(checkpoint, run.mesh)
     if rng is not None:
         torch.set_rng_state(rng)
-    run.step = int(extra["step"])
+    run.step = run.begun = int(extra["step"])
     log.info("stage %s continues from %s", run.stage.name, checkpoint)
 
 
@@ -222,13 +239,17 @@ def keep_keys(run: Run, batches: list[Any]) -> None:
         log.warning("%s could not be written: %s", path, error)
 
 
-def check_ranks(config: Config, mesh: Mesh) -> None:
-    """ConfigError unless every stage's batch divides among the ranks that were really started."""
+def check_ranks(config: Config, world: int) -> None:
+    """ConfigError unless the layout and every stage's batch suit the number of ranks that were really started."""
+    for refusal in refusals(config.parallel, config.prior, world):
+        raise ConfigError(refusal.what, refusal.why, refusal.remedy, DOCS)
     for stage in config.stages:
-        share = mesh.dp.size * stage.micro_batches
+        replicas = config.layout(stage, world).dp
+        share = replicas * stage.micro_batches
         if stage.kind != "latents" and stage.batch % share:
             raise ConfigError(
-                f"stages.{stage.name}.batch = {stage.batch} with {mesh.dp.size} ranks x {stage.micro_batches} pieces",
-                f"every rank takes equally many pieces of a step, and {stage.batch} is not a multiple of {share}",
+                f"stages.{stage.name}.batch = {stage.batch} with {replicas} replicas x {stage.micro_batches} pieces",
+                f"every replica takes equally many pieces of a step, and {stage.batch} is not a multiple of {share}",
                 f"start another number of ranks, or set batch to a multiple of {share}",
+                DOCS,
             )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unicom_dist.checkpoint.weights import export_weights, read_weights_config
 from unicom_dist.config.errors import DataError
+from unicom_dist.config.layout import Layout
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.loader import CodecLoader, PriorLoader, heldout_codec_batches, heldout_prior_batches
 from unicom_dist.data.manifest import Manifest
@@ -30,6 +31,7 @@ from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.objective.perceptual import Lpips
 from unicom_dist.objective.terms import LossTerm, codec_counts, codec_terms, prior_counts, prior_terms
 from unicom_dist.parallel.mesh import Mesh
+from unicom_dist.parallel.pipeline.channels import Boundary
 from unicom_dist.sample.loading import load_codec
 from unicom_dist.tracking.flops import codec_flops, prior_flops
 from unicom_dist.train.pictures import draw_prompts, draw_reconstructions
@@ -62,6 +64,10 @@ class Task(ABC, Generic[Batch]):
     @abstractmethod
     def terms(self, outputs: Any, batch: Batch) -> dict[str, LossTerm]:
         """The loss terms of a batch: names as in `counts`."""
+
+    def boundaries(self, batch: Batch, layout: Layout) -> list[Boundary]:
+        """What passes between the pp_stages for a batch."""
+        return []
 
     @abstractmethod
     def heldout(self) -> Iterator[tuple[str, Batch]]:
@@ -183,6 +189,10 @@ class PriorTask(Task[PackedBatch]):
 
     def terms(self, outputs: Any, batch: PackedBatch) -> dict[str, LossTerm]:
         return prior_terms(outputs, batch, self.stage)
+
+    def boundaries(self, batch: PackedBatch, layout: Layout) -> list[Boundary]:
+        dtype = torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32
+        return [Boundary((batch.num_positions // layout.sequence_cut, self.config.prior.hidden), dtype)]
 
     def heldout(self) -> Iterator[tuple[str, PackedBatch]]:
         limit = self.config.eval.images

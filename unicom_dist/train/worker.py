@@ -10,13 +10,16 @@ import os
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from unicom_dist.config.errors import HangError, NonFiniteError, UnicomError
+from unicom_dist.config.layout import Layout
 from unicom_dist.config.schema import Config
 from unicom_dist.train.launch import error_path, log_path
 from unicom_dist.train.signals import StopRequest
+from unicom_dist.train.watchdog import Watchdog
 
 
 def main() -> int:
@@ -38,21 +41,27 @@ def main() -> int:
 def run_stages(config: Config, names: list[str], stop: StopRequest, terminal: IO[str] | None = None) -> None:
     """Train the named stages in order on this rank. Collective over the world. `terminal`: where rank 0 shows progress.
 
-    ConfigError: a batch does not divide among the ranks that are there. Preempted, after a checkpoint: a stop was
+    ConfigError: the layout or a batch does not suit the ranks that are there. Preempted, after a checkpoint: a stop was
     requested on some rank.
     """
     import torch
 
-    from unicom_dist.parallel.mesh import init_mesh
+    from unicom_dist.parallel.mesh import Mesh, init_mesh
     from unicom_dist.parallel.precision import with_precision
     from unicom_dist.train.loop import check_ranks, train_stage
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
-    mesh = init_mesh(timeout_s=config.parallel.timeout_s)
-    config = with_precision(config, mesh)
-    check_ranks(config, mesh)
-    for name in names:
-        train_stage(config, config.stage(name), mesh, stop, terminal)
+    everyone = init_mesh(timeout_s=config.parallel.timeout_s)
+    config = with_precision(config, everyone)
+    check_ranks(config, everyone.world)
+    meshes: dict[Layout, Mesh] = {}  # a codec and a prior may be laid out differently
+    with Watchdog(config.parallel.stall_s, partial(_report, run_dir=Path(config.run_dir), rank=everyone.rank)) as dog:
+        for name in names:
+            stage = config.stage(name)
+            layout = config.layout(stage, everyone.world)
+            if layout not in meshes:
+                meshes[layout] = init_mesh(layout, config.parallel.timeout_s)
+            train_stage(config, stage, meshes[layout], stop, dog, terminal)
 
 
 def _redirect(log: Path) -> IO[str]:
