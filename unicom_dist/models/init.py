@@ -27,7 +27,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int, std: float = 0.0) -> Tens
     generator = generator_for(seed, name)
     if std:
         return torch.randn(shape, generator=generator) * std
-    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    bound: float = math.prod(shape[1:]) ** -0.5
     return (torch.rand(shape, generator=generator) * 2 - 1) * bound
 
 
