@@ -6,6 +6,7 @@ sequence parallelism gathers and, where there is no accelerator, an answer to "w
 
 import importlib
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -43,15 +44,37 @@ def import_megatron() -> Any:
     return layers
 
 
-class Parallel(nn.Module):
-    """A tensor-parallel linear layer that returns its output alone (Megatron's own may hand back a bias to add)."""
+class ColumnParallel(nn.Module):
+    """Linear layers of one input as one product, some outputs of each on every rank of tp.
 
-    def __init__(self, layer: nn.Module) -> None:
+    [n, inputs] -> a [m, width] for every of `widths`: m = n, or under sequence parallelism n times the ranks, whose
+    positions are gathered (and gathered again in backward, so that only the rank's own stay in memory).
+    """
+
+    def __init__(self, inputs: int, widths: Sequence[int], bias: bool, mesh: Mesh) -> None:
         super().__init__()
-        self.layer = layer
+        self.widths, total = list(widths), sum(widths) * mesh.tp.size
+        self.layer = import_megatron().ColumnParallelLinear(inputs, total, bias=bias, **_settings(mesh))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Collective over tp, in forward and in backward."""
+        return torch.split(self.layer(x)[0], self.widths, -1)
+
+
+class RowParallel(nn.Module):
+    """A linear layer, some inputs on every rank of tp and the outputs summed.
+
+    [m, inputs / t] -> [n, outputs]: n = m, or under sequence parallelism m / t, of the sum the rank's own positions.
+    """
+
+    def __init__(self, inputs: int, outputs: int, mesh: Mesh) -> None:
+        super().__init__()
+        self.layer = import_megatron().RowParallelLinear(
+            inputs, outputs, bias=False, input_is_parallel=True, skip_bias_add=False, **_settings(mesh)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, in] -> [m, out]; see `column_linear` and `row_linear`."""
+        """Collective over tp, in forward and in backward."""
         out: Tensor = self.layer(x)[0]
         return out
 
@@ -64,27 +87,6 @@ def _settings(mesh: Mesh) -> dict[str, Any]:
         perform_initialization=False,  # weights are drawn by name
     )
     return {"config": config, "init_method": None, "tp_group": mesh.tp.group}
-
-
-def column_linear(inputs: int, outputs_here: int, bias: bool, mesh: Mesh) -> Parallel:
-    """Some outputs on each rank: [n, inputs] -> [m, outputs_here].
-
-    m = n, or under sequence parallelism n times the ranks of tp: positions are gathered, and again in backward, so that
-    only the rank's own stay in memory. Collective over tp.
-    """
-    layer = import_megatron().ColumnParallelLinear(inputs, outputs_here * mesh.tp.size, bias=bias, **_settings(mesh))
-    return Parallel(layer)
-
-
-def row_linear(inputs: int, outputs: int, mesh: Mesh) -> Parallel:
-    """Some inputs on each rank, outputs summed: [m, inputs / t] -> [n, outputs].
-
-    n = m, or under sequence parallelism m / t: the sum is scattered. Collective over tp.
-    """
-    layer = import_megatron().RowParallelLinear(
-        inputs, outputs, bias=False, input_is_parallel=True, skip_bias_add=False, **_settings(mesh)
-    )
-    return Parallel(layer)
 
 
 def vocab_embedding(rows: int, width: int, mesh: Mesh) -> nn.Module:
