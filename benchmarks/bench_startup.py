@@ -57,7 +57,7 @@ def unavoidable(folder: str, zero_stage: str) -> None:
 
     mesh = init_mesh(60)
     if zero_stage == "3":
-        from unicom_dist.parallel.zero3 import import_deepspeed
+        from unicom_dist.parallel.deepspeed_adapter import import_deepspeed
 
         import_deepspeed(mesh.device)
         for module in ("torch._dynamo", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer"):

@@ -3,6 +3,7 @@
 One start of two processes does everything (DeepSpeed's import takes seconds); the tests look at what it brought back.
 """
 
+import itertools
 import os
 
 import pytest
@@ -10,15 +11,30 @@ import torch
 from torch import nn
 
 from unicom_dist.config.errors import NonFiniteError
+from unicom_dist.config.layout import Layout
+from unicom_dist.config.schema import ParallelConfig
+from unicom_dist.parallel.deepspeed_config import deepspeed_config
 from unicom_dist.parallel.engine import Engine, OptimizerConfig, whole_tensors
 from unicom_dist.parallel.mesh import Mesh, init_mesh
 from unicom_dist.parallel.plain import PlainEngine
-from unicom_dist.parallel.zero3 import Zero3Engine
+from unicom_dist.parallel.zero import ZeroEngine
 from unicom_dist.testing.distributed import run_ranks
 
 pytestmark = pytest.mark.dist
 STEPS, WORLD, LR = 4, 2, 1e-2
-CASES = [("float32", False), ("float32", True), ("bfloat16", False)]
+CASES = [("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)]
+STAGES = [0, 1, 2, 3]
+
+
+def engine_of(stage: int, module: nn.Module, precision: str, mesh: Mesh, **options: object) -> Engine:
+    """The engine of a ZeRO stage."""
+    config = OptimizerConfig(precision=precision, clip=0.5)
+    if stage == 0:
+        return PlainEngine(module, config, mesh)
+    layout = Layout(dp=mesh.world, zero_stage=stage, **options)
+    return ZeroEngine(
+        module, config, mesh, deepspeed_config(ParallelConfig(), layout, precision), gather_once=layout.gather_once
+    )
 
 
 class TwoTowers(nn.Module):
@@ -69,16 +85,16 @@ def work(rank: int, world: int) -> dict[str, object]:
     """Everything this file looks at, from one rank."""
     os.environ["TORCH_EXTENSIONS_DIR"] = "/dev/null/nowhere"  # what is compiled would have to be put here
     os.environ["PATH"] = ""  # and there is no compiler
-    mesh, result = init_mesh(60), {}
+    mesh, result = init_mesh(timeout_s=60), {}
     for precision, freeze in CASES:
-        for kind in (PlainEngine, Zero3Engine):
-            engine = kind(TwoTowers(freeze), OptimizerConfig(precision=precision, clip=0.5), mesh)
+        for stage in STAGES:
+            engine = engine_of(stage, TwoTowers(freeze), precision, mesh)
             norms = train(engine, [rank], range(STEPS))
             weights = dict(
                 whole_tensors(engine.mesh, engine.state()["weight"], engine.fragments, engine.replicated, torch.float32)
             )
-            result[kind.__name__, precision, freeze] = (norms, weights)
-            if kind is Zero3Engine and precision == "float32" and not freeze:
+            result[stage, precision, freeze] = (norms, weights)
+            if stage == 3 and precision == "float32" and not freeze:
                 result["held"] = sum(buffer.numel() for buffer in engine.state()["weight"])
                 result["table"] = engine.module.table.clone()
                 result["continues"] = continues(engine, mesh, rank)
@@ -90,7 +106,7 @@ def work(rank: int, world: int) -> dict[str, object]:
 def continues(engine: Engine, mesh: Mesh, rank: int) -> bool:
     """Whether a new engine with this one's state goes on bit for bit."""
     saved = {kind: [b.clone() for b in buffers] for kind, buffers in engine.state().items()}
-    other = Zero3Engine(TwoTowers(False), OptimizerConfig(precision="float32", clip=0.5), mesh)
+    other = engine_of(3, TwoTowers(False), "float32", mesh)
     other.load_state(saved, engine.steps_done)
     train(engine, [rank], range(STEPS, STEPS + 2))
     train(other, [rank], range(STEPS, STEPS + 2))
@@ -137,17 +153,17 @@ def alone():
     return result
 
 
-@pytest.mark.parametrize("engine", ["PlainEngine", "Zero3Engine"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("precision", "freeze"), CASES)
-def test_two_ranks_train_as_one_process(ranks, alone, engine, precision, freeze):
+def test_two_ranks_train_as_one_process(ranks, alone, stage, precision, freeze):
     norms, weights = alone[precision, freeze]
     tolerance = 1e-5 if precision == "float32" else 3e-2  # low-precision gradients add up in another order
     for rank in ranks:
-        got_norms, got = rank[engine, precision, freeze]
-        assert got_norms == pytest.approx(norms, rel=tolerance)
-        assert got.keys() == weights.keys()
-        for name, weight in weights.items():
-            torch.testing.assert_close(got[name], weight, rtol=tolerance, atol=tolerance / 3, msg=name)
+        assert rank[stage, precision, freeze][0] == pytest.approx(norms, rel=tolerance)
+    got = ranks[0][stage, precision, freeze][1]
+    assert got.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(got[name], weight, rtol=tolerance, atol=tolerance / 3, msg=name)
 
 
 def test_deepspeed_compiles_nothing(ranks):
@@ -155,8 +171,8 @@ def test_deepspeed_compiles_nothing(ranks):
 
 
 def test_frozen_weights_stay_exactly(ranks):
-    for engine in ("PlainEngine", "Zero3Engine"):
-        _, weights = ranks[0][engine, "float32", True]
+    for stage, precision in itertools.product(STAGES, ("float32", "bfloat16")):
+        _, weights = ranks[0][stage, precision, True]
         assert torch.equal(weights["left.weight"], TwoTowers(True).left.weight)
         assert not torch.equal(weights["right.weight"], TwoTowers(True).right.weight)
 

@@ -35,6 +35,12 @@ class Axis:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def max(self, tensor: Tensor) -> Tensor:
+        """Element-wise maximum of the `tensor`s of its ranks, in place. Collective over the axis."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
     def gather(self, tensor: Tensor) -> Tensor:
         """[size, *shape]: the `tensor`s of all its ranks, equal shapes. Collective over the axis."""
         if self.size == 1:
@@ -52,6 +58,7 @@ class Mesh:
     world: int
     device: torch.device
     layout: Layout = field(default_factory=Layout)
+    limit: timedelta = timedelta(seconds=600)  # of a collective
     pp: Axis = Axis("pp")
     dp: Axis = Axis("dp")
     ulysses: Axis = Axis("ulysses")
@@ -59,6 +66,13 @@ class Mesh:
     zero: Axis = Axis("zero")  # dp x ulysses: ranks with the same slice of the model; gradients are averaged over it
     model: Axis = Axis("model")  # pp x ulysses x tp: the ranks that together work on one batch
     everyone: Axis = Axis("everyone")
+    formed: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False, repr=False)  # groups by their ranks
+
+    def among(self, name: str, ranks: tuple[int, ...]) -> Axis:
+        """The axis of `ranks` (global, this one among them); its group is formed on first use. Collective over them."""
+        if len(ranks) > 1 and ranks not in self.formed:
+            self.formed[ranks] = dist.new_group(list(ranks), self.limit, use_local_synchronization=True)
+        return Axis(name, ranks.index(self.rank), len(ranks), self.formed.get(ranks), ranks)
 
     @property
     def last_pp_stage(self) -> bool:
@@ -114,6 +128,7 @@ def join(timeout_s: int = 600) -> tuple[int, int, torch.device]:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized() and (world > 1 or RENDEZVOUS in os.environ):
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")  # torch remembers so many collectives, for a hang's log
         path = os.environ.get(RENDEZVOUS)
         if path:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: listen on loopback only
@@ -147,16 +162,16 @@ def init_mesh(layout: Layout | None = None, timeout_s: int = 600) -> Mesh:
         return Mesh(rank, world, device, layout)
     made: dict[tuple[int, ...], Any] = {}
     axes = {}
+    limit = timedelta(seconds=timeout_s)
     members: dict[str, tuple[str, ...]] = {axis: (axis,) for axis in AXES}
     members |= {"zero": ("dp", "ulysses"), "model": ("pp", "ulysses", "tp"), "everyone": AXES}
     for name, flattened in members.items():
         for ranks in layout.groups(flattened):  # every rank takes part in forming every group, in the same order
             if tuple(ranks) not in made:
-                limit = timedelta(seconds=timeout_s)
                 made[tuple(ranks)] = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks, limit)
             if rank in ranks:
                 axes[name] = Axis(name, ranks.index(rank), len(ranks), made[tuple(ranks)], tuple(ranks))
-    return Mesh(rank, world, device, layout, **axes)
+    return Mesh(rank, world, device, layout, limit, **axes, formed=made)
 
 
 def close_mesh() -> None:

@@ -16,11 +16,11 @@ from unicom_dist.parallel.engine import (
     Buffers,
     Fragment,
     OptimizerConfig,
-    check_finite,
     decay_groups,
     fragments_of,
     pieces_of,
 )
+from unicom_dist.parallel.gradients import Finish
 from unicom_dist.parallel.mesh import Mesh
 
 
@@ -56,6 +56,7 @@ class PlainEngine:
             for _, p in named:
                 p.grad = low_grad[start : start + p.numel()].view_as(p)
                 start += p.numel()
+        self._finish = Finish(mesh, self.fragments, self.replicated, config.clip)
 
     def _flatten(self, named: list[tuple[str, nn.Parameter]], group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(master, low): the group's parameters laid end to end; each parameter becomes a view of `low`."""
@@ -106,13 +107,8 @@ class PlainEngine:
             low.copy_(buffer)
 
     def step(self, lr: float) -> float:
-        norms = [torch.linalg.vector_norm(grad) for grad in self._grad]
-        norm = float(norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)))
         try:
-            check_finite(norm)
-            if self.config.clip and norm > self.config.clip:
-                for grad in self._grad:
-                    grad.mul_(self.config.clip / (norm + 1e-6))
+            norm = self._finish(self.gradients())
             self._update(lr)
         finally:
             for grad in self._low_grad:
