@@ -215,6 +215,15 @@ class Mixture(Section):
         return self
 
 
+class JointConfig(Section):
+    """A prior stage that goes on training the codec's compressor, which makes the latents, together with the backbone."""
+
+    enabled: bool = Field(False, description="prior: train the compressor too, from the encoder's features")
+    lambda_recon: NonNegative = Field(1.0, description="weight of the mean squared error of the features rebuilt from the latents, in variances of their channels")
+    momentum: float = Field(0.01, gt=0, le=1, description="weight of a step in the running mean and variance by which the latents are normalised")
+    collapse: Fraction = Field(0.1, description="the run ends when the latents' spread or effective rank falls below this share of what it was; 0 = never")
+
+
 class StageConfig(Section):
     """One step of the curriculum."""
 
@@ -239,7 +248,10 @@ class StageConfig(Section):
     )
     lambda_text: NonNegative = Field(1.0, description="weight of the mean cross-entropy per text token")
     lambda_flow: NonNegative = Field(5.0, description="weight of the mean squared flow error per latent channel")
-    trainable: Literal["all", "connector"] = Field("all", description="prior: all weights or only the visual connector and heads")
+    trainable: Literal["all", "connector", "decoder"] = Field(
+        "all", description="connector (prior): only the visual connector and heads; decoder (codec): not the compressor, which is that of the joint stage before"
+    )
+    joint: JointConfig = JointConfig()
     log_every: PositiveInt = Field(10, description="steps between metric records")
     eval_every: int = Field(0, ge=0, description="steps between held-out losses at fixed t; 0 = only at the end")
     sample_every: int = Field(0, ge=0, description="steps between picture grids; 0 = only at the end")
@@ -254,6 +266,11 @@ class StageConfig(Section):
                 f"a {self.kind} stage has {need}",
                 "remove `steps`" if self.kind == "latents" else "set steps >= 1",
             )
+        only = {"connector": "prior", "decoder": "codec"}.get(self.trainable, self.kind)
+        if self.kind != only:
+            raise Unworkable(f"trainable = {self.trainable}", f"a {self.kind} stage has no such part", f"use it with kind: {only}, or trainable: all")
+        if self.joint.enabled and self.kind != "prior":
+            raise Unworkable("joint.enabled = true", f"a {self.kind} stage has no backbone to train with", "use it with kind: prior")
         if self.warmup > self.steps:
             raise Unworkable(
                 f"warmup = {self.warmup}",
@@ -328,6 +345,36 @@ class Config(Section):
                     f"use {_multiples(stage.batch, share)}",
                 )
         return self
+
+    @model_validator(mode="after")
+    def _joint(self) -> Self:
+        joint = ""  # the last joint stage so far
+        for stage in self.stages:
+            if stage.joint.enabled and self.codec.compressor.kind == "identity":
+                raise Unworkable(
+                    f"stages.{stage.name}.joint.enabled = true with codec.compressor.kind = identity",
+                    "an identity has nothing to train",
+                    "codec.compressor.kind: attention or mlp, or joint.enabled: false",
+                )
+            if stage.kind == "prior" and joint and not stage.joint.enabled:
+                raise Unworkable(
+                    f"stages.{stage.name}.joint.enabled = false after the joint stage {joint}",
+                    "it would read latents of the compressor as it was before",
+                    f"enable it here too, or put {stage.name} before {joint}",
+                )
+            if stage.trainable == "decoder" and not joint:
+                raise Unworkable(
+                    f"stages.{stage.name}.trainable = decoder",
+                    "the compressor is taken from a joint stage, and there is none before",
+                    "put it after a prior stage with joint.enabled: true, or use trainable: all",
+                )
+            joint = stage.name if stage.joint.enabled else joint
+        return self
+
+    def codec_before(self, stage: StageConfig) -> str:
+        """Name of the last codec stage before `stage`; "" when there is none."""
+        names = [other.name for other in self.stages[: self.stages.index(stage)] if other.kind == "codec"]
+        return names[-1] if names else ""
 
     def layout(self, stage: StageConfig, world: int) -> Layout:
         """How `world` ranks share a stage: as `parallel` says for a prior; a codec is small and only data-parallel."""

@@ -50,10 +50,17 @@ class Planned:
 
 
 class _Reader:
-    """Plans and reads the samples of one set."""
+    """Plans and reads the samples of one set. `joint`: with the features of which the model makes the latents."""
 
     def __init__(
-        self, config: Config, pairs: ShardSet, stage: str, vocabulary: Vocabulary, stats: LatentStats, limit: int
+        self,
+        config: Config,
+        pairs: ShardSet,
+        stage: str,
+        vocabulary: Vocabulary,
+        stats: LatentStats,
+        limit: int,
+        joint: bool,
     ) -> None:
         self.pairs, self.limit = pairs, limit
         self._config, self._stage, self._stats = config, stage, stats
@@ -61,6 +68,7 @@ class _Reader:
         self._part = config.encoder.kind
         self._latent_channels = stats.mean.shape[0]
         self._feature_channels = feature_channels(pairs, self._part)
+        self._joint = joint
 
     def plan(self, task: Task, ordinal: int, number: int, visit: int, *, training: bool = True) -> Planned:
         """Decide on caption and layout. DataError: malformed, or longer than a row (text is cut instead)."""
@@ -72,7 +80,8 @@ class _Reader:
             grid = grid_of(sample, self._part, "features.npy", self._feature_channels)
             layout = self._layouts.image_to_text(captions.main, grid)
         else:
-            grid = grid_of(sample, "latent", "latent.npy", self._latent_channels)
+            part, extension, channels = self._drawn()
+            grid = grid_of(sample, part, extension, channels)
             prompt = captions.main
             if training:
                 chance = key_of(self._config.seed, self._stage, sample.key, visit, "caption")
@@ -94,14 +103,24 @@ class _Reader:
         for n, features in zip(seen, self._arrays(rows, seen, self._part, "features.npy"), strict=True):
             contents[n].image = features
         drawn = [n for n, planned in enumerate(rows) if planned.task == "text_to_image"]
-        for n, latents in zip(drawn, self._arrays(rows, drawn, "latent", "latent.npy"), strict=True):
+        part, extension, _ = self._drawn()
+        for n, array in zip(drawn, self._arrays(rows, drawn, part, extension), strict=True):
             content = contents[n]
             generator = generator_of(self._config.seed, self._stage, content.key, rows[n].visit)
             t = sample_t(self._config.prior, 1, generator)
             content.t = float(t[0]) if fixed_t is None else fixed_t
-            content.image = self._stats.normalise(latents.float())
-            content.noise = torch.empty(latents.shape).normal_(generator=generator)
+            content.noise = torch.empty(array.shape[0], self._latent_channels).normal_(generator=generator)
+            if self._joint:
+                content.target = array
+            else:
+                content.image = self._stats.normalise(array.float())
         return collate(contents, self._latent_channels, self._feature_channels)
+
+    def _drawn(self) -> tuple[str, str, int]:
+        """(part, extension, channels) of what is read of an image to be drawn."""
+        if self._joint:
+            return self._part, "features.npy", self._feature_channels
+        return "latent", "latent.npy", self._latent_channels
 
     def _arrays(self, rows: Sequence[Planned], which: list[int], part: str, extension: str) -> Sequence[Tensor]:
         """The stored array of each of the samples `which`, [n, C]: views of one tensor that is filled in one copy."""
@@ -144,9 +163,10 @@ class PriorLoader(StepLoader[PackedBatch]):
     ) -> None:
         weights = {task: getattr(stage.mixture, task) for task in get_args(Task)}
         self._mixture = MixtureSchedule(weights)
-        latents = "text_to_image" in self._mixture.shares
+        joint = stage.joint.enabled
+        latents = "text_to_image" in self._mixture.shares and not joint
         pairs = open_set(config, "train", latents=latents, expect_fingerprint=expect_fingerprint)
-        self._reader = _Reader(config, pairs, stage.name, vocabulary, stats, stage.row_positions)
+        self._reader = _Reader(config, pairs, stage.name, vocabulary, stats, stage.row_positions, joint)
         self._orders = {task: Order(len(pairs), config.seed, stage.name, task) for task in self._mixture.shares}
         self._ordinals = dict.fromkeys(self._mixture.shares, 0)
         self._packer: Packer[Planned] = Packer(stage.row_positions)
@@ -220,10 +240,14 @@ def heldout_prior_batches(
     limit: int,
     tasks: Sequence[Task] = ("text_to_image", "image_to_text"),
     batch: int = 16,
+    joint: bool = False,
 ) -> Iterator[PackedBatch]:
-    """`limit` held-out pairs, evenly apart, as each of `tasks`, images at time `t`, noise keyed by the sample."""
-    pairs = open_set(config, "heldout", latents="text_to_image" in tasks)
-    reader = _Reader(config, pairs, "heldout", vocabulary, stats, _ROWS_AT_ONCE)
+    """`limit` held-out pairs, evenly apart, as each of `tasks`, images at time `t`, noise keyed by the sample.
+
+    `joint`: with features instead of latents.
+    """
+    pairs = open_set(config, "heldout", latents="text_to_image" in tasks and not joint)
+    reader = _Reader(config, pairs, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
     numbers = spread(limit, len(pairs))
     for first in range(0, len(numbers), batch):
         chosen = numbers[first : first + batch]

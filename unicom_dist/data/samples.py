@@ -11,6 +11,7 @@ Shapes: S positions, T tokens, Y labels, N latents, M features.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -124,6 +125,7 @@ class Content:
     image: Tensor | None = None  # [N, d] clean normalised latents or [M, D] features
     noise: Tensor | None = None  # [N, d]
     t: float = 1.0
+    target: Tensor | None = None  # [N, D] features of which the model itself makes the latents
 
 
 def collate(contents: Sequence[Content], latent_channels: int, feature_channels: int) -> PackedBatch:
@@ -148,7 +150,7 @@ def collate(contents: Sequence[Content], latent_channels: int, feature_channels:
         token_index=shifted([layout.token_index for layout in layouts], starts),
         label_index=shifted([layout.label_index for layout in layouts], starts),
         label_ids=shifted([layout.label_ids for layout in layouts], zeros),
-        latents=_rows([contents[n].image for n in drawn], latent_channels),
+        latents=_rows([_latents(contents[n], latent_channels) for n in drawn], latent_channels),
         noise=_rows([contents[n].noise for n in drawn], latent_channels),
         t=torch.repeat_interleave(torch.tensor([contents[n].t for n in drawn], dtype=torch.float32), sizes),
         latent_index=shifted([layouts[n].image_index for n in drawn], starts[drawn]),
@@ -162,13 +164,18 @@ def collate(contents: Sequence[Content], latent_channels: int, feature_channels:
             np.repeat(np.arange(len(layouts)), [len(layout.label_ids) for layout in layouts])
         ),
         latent_sample=torch.repeat_interleave(torch.tensor(drawn, dtype=torch.long), sizes),
+        target_features=_rows([contents[n].target for n in drawn], feature_channels),
     )
 
 
+def _latents(content: Content, channels: int) -> Tensor | None:
+    """[N, d]; where the model has to make them, not a number: whoever forgets to will notice."""
+    return content.image if content.target is None else torch.full((content.target.shape[0], channels), math.nan)
+
+
 def _rows(tensors: Sequence[Tensor | None], channels: int) -> Tensor:
-    if not tensors:
-        return torch.zeros(0, channels)
-    return torch.cat([tensor for tensor in tensors if tensor is not None])
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else torch.zeros(0, channels)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,7 +6,8 @@ Shapes: S positions, T text tokens, Y labels, N noised latents of d channels, M 
 Empty modalities are zero-length tensors, never None, so that every rank runs every part of the model.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -43,7 +44,7 @@ class PackedBatch:
     token_index: Tensor  # [T] int64
     label_index: Tensor  # [Y] int64
     label_ids: Tensor  # [Y] int64
-    latents: Tensor  # [N, d] clean and normalised
+    latents: Tensor  # [N, d] clean and normalised; not a number where a compressor in training makes them
     noise: Tensor  # [N, d]
     t: Tensor  # [N], one value per image, repeated; t = 1 is data
     latent_index: Tensor  # [N] int64
@@ -55,6 +56,7 @@ class PackedBatch:
     tasks: list[str]  # per sample
     label_sample: Tensor  # [Y] int64, sample number of each label
     latent_sample: Tensor  # [N] int64
+    target_features: Tensor = field(default_factory=partial(torch.zeros, 0, 0))  # [N, D], then; else empty
 
     @property
     def num_positions(self) -> int:
@@ -63,5 +65,5 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """A copy whose tensors are on `device`; dtypes are kept (the model casts at its border)."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.type is Tensor}
+        tensors = {item.name: getattr(self, item.name) for item in fields(self) if item.type is Tensor}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
