@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from unicom_dist.config.layout import Layout
 from unicom_dist.models.attention import Attend, AttentionPlan, Take
 from unicom_dist.models.segments import PackedBatch, Segment
 from unicom_dist.parallel.megatron import gather_positions
@@ -24,6 +25,11 @@ class Share:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._slices = mesh.tp.size if mesh.layout.sequence_parallel else 1
+
+    @property
+    def layout(self) -> Layout:
+        """How the ranks share the model and the batch."""
+        return self._mesh.layout
 
     def rows(self, batch: PackedBatch) -> int:
         """n: positions of the hidden states that this rank holds between the layers."""
