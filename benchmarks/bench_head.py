@@ -2,9 +2,9 @@
 
 One packed row of 1,024 positions, 41 % of them text. `all positions` is what transformers does: logits of every
 position, cross-entropy that ignores those without a label. Then the same map at the labels alone, and ours, which also
-never holds the labels' logits whole. Forward and backward, hidden states and weight both with gradients, float32 (CPUs without
-bfloat16 units multiply it 50 times slower). Memory: bytes that torch allocates between start and end beyond what was
-there, at their peak.
+never holds the labels' logits whole. Forward and backward, hidden states and weight both with gradients, in float32:
+CPUs without bfloat16 units multiply it 50 times slower. Memory: bytes that torch allocates between start and end beyond
+what was there, at their peak.
 
     python benchmarks/bench_head.py [--width 256] [--rounds 5]
 """

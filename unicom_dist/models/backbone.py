@@ -80,14 +80,14 @@ class Layer(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int, selective: bool = False
     ) -> Tensor:
         """[S, D] -> [S, D]. `selective`: norms and the MLP's activation are computed again in the backward pass."""
-        normed = self.input_layernorm(x)
-        with Kept(selective) as kept:
-            x, before = x + self.self_attn(normed, cos, sin, attend, layer), x
-        kept.replace(normed, self.input_layernorm.again(before))
-        normed = self.post_attention_layernorm(x)
-        with Kept(selective) as kept:
+        kept = Kept(selective)
+        normed = self.input_layernorm(x, kept)
+        with kept:
+            x = x + self.self_attn(normed, cos, sin, attend, layer)
+        kept = Kept(selective)
+        normed = self.post_attention_layernorm(x, kept)
+        with kept:
             out: Tensor = x + self.mlp(normed, selective)
-        kept.replace(normed, self.post_attention_layernorm.again(x))
         return out
 
 

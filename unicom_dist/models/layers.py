@@ -5,18 +5,22 @@ softmax are computed in float32.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from unicom_dist.models.functions import RmsNormFunction, RotateFunction, silu_product
+from unicom_dist.models.kept import Kept
 
 LONGEST_PRODUCT = 1024  # keys; beyond, the fused kernel is as fast and holds no scores
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last axis; the division in float32. Equal to Qwen2's norm."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    out: Tensor = RmsNormFunction.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
 
 
 class RMSNorm(nn.Module):
@@ -27,9 +31,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, kept: Kept | None = None) -> Tensor:
+        """[..., D] -> [..., D]. `kept` is told how to compute the result again (from a copy of the gain, see there)."""
+        out = rms_norm(x, self.weight, self.eps)
+        if kept is not None and kept.active:
+            kept.offer(out, partial(rms_norm, x.detach(), self.weight.detach().clone(), self.eps))
+        return out
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -42,8 +49,8 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions applied to x [..., H, K] with cos and sin [..., K] in x's dtype."""
-    low, high = x.chunk(2, -1)
-    return x * cos[..., None, :] + torch.cat([-high, low], -1) * sin[..., None, :]
+    out: Tensor = RotateFunction.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return out
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,10 +90,14 @@ class GatedMlp(nn.Module):
         """Both products of x."""
         return self.gate_proj(x), self.up_proj(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+    def forward(self, x: Tensor, selective: bool = False) -> Tensor:
+        """[..., D] -> [..., D]. `selective`: the input of the last product is computed again in the backward pass."""
         gate, up = self.gate_up(x)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+        product = silu_product(gate, up)
+        kept = Kept(selective)
+        kept.offer(product, partial(silu_product, gate.detach(), up.detach()))
+        with kept:
+            out: Tensor = self.down_proj(product)
         return out
 
 
