@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from common import Goal, Timing, publish
+from common import Goal, Timing, in_turn, publish
 from PIL import Image
 
 from pipelines import ingest
@@ -109,22 +109,19 @@ def others_cpu_s() -> float:
     return total
 
 
-def measure(tasks: Sequence[BenchTask], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """CPU and wall seconds per picture of every kind and round; the first round warms up."""
-    cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    wall: dict[str, list[float]] = {kind: [] for kind in KINDS}
+def measure(tasks: Sequence[BenchTask], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """CPU and wall seconds per picture of every kind and round."""
     share = Resources(workers=2, threads=1)
     images = sum(task.samples for task in tasks)
+
+    def once(pool: ActorPool, kind: str) -> tuple[float, float]:
+        before, start = others_cpu_s(), time.perf_counter()
+        used = sum(seconds for _, seconds in pool.run([replace(t, kind=kind) for t in tasks], lambda _: None))
+        elapsed, others = time.perf_counter() - start, others_cpu_s() - before
+        return (used + (0 if kind == "bare" else others)) / images, elapsed / images
+
     with ray_session(share), ActorPool(BenchWorker, share) as pool:
-        for number in range(rounds + 1):
-            for kind in KINDS if number % 2 else reversed(KINDS):
-                before, start = others_cpu_s(), time.perf_counter()
-                used = sum(seconds for _, seconds in pool.run([replace(t, kind=kind) for t in tasks], lambda _: None))
-                elapsed, others = time.perf_counter() - start, others_cpu_s() - before
-                if number:
-                    cpu[kind].append((used + (0 if kind == "bare" else others)) / images)
-                    wall[kind].append(elapsed / images)
-    return cpu, wall
+        return in_turn({kind: partial(once, pool, kind) for kind in KINDS}, rounds)
 
 
 def main() -> bool:
@@ -141,15 +138,15 @@ def main() -> bool:
             for shard in Manifest.read(Path(folder) / "train").shards
         ]
         tasks = [replace(task, target=str(Path(folder) / f"{task.name}.out.tar")) for task in tasks]
-        cpu, wall = measure(tasks, arguments.rounds)
-    timings = {kind: Timing.of(values) for kind, values in cpu.items()}
+        found = measure(tasks, arguments.rounds)
+    timings = {kind: Timing.of([cpu for cpu, _ in values]) for kind, values in found.items()}
+    wall = {kind: Timing.of([seconds for _, seconds in values]) for kind, values in found.items()}
     rows = [
-        [kind, f"{1e3 * t.median:.2f} ms", t.spread, f"{1 / Timing.of(wall[kind]).median:.0f} /s"]
-        for kind, t in timings.items()
+        [kind, f"{1e3 * t.median:.2f} ms", t.spread, f"{1 / wall[kind].median:.0f} /s"] for kind, t in timings.items()
     ]
     ratio = timings["bare"].median / timings["job"].median
     goals = [Goal("job against bare encoder", ratio, 0.90)]
-    figures = {"cpu_s_per_image": timings, "images_per_s_wall": {k: 1 / Timing.of(v).median for k, v in wall.items()}}
+    figures = {"cpu_s_per_image": timings, "images_per_s_wall": {kind: 1 / t.median for kind, t in wall.items()}}
     columns = ["", "CPU time per picture", "range", "pictures (2 actors)"]
     return publish("bench_features", columns, rows, goals, figures, ("ray", "pillow"))
 

@@ -270,7 +270,7 @@ def main() -> int:
         "resume_s": resume,
     }
     columns = ["reader", "samples/s (CPU)", "ours is x faster", "spread"]
-    met = publish("loader", columns, rows, goals, figures, ["webdataset", "megatron-energon"])
+    met = publish("bench_loader", columns, rows, goals, figures, ["webdataset", "megatron-energon"])
     return 0 if met else 1
 
 

@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from common import Goal, Timing, publish
+from common import Goal, Timing, in_turn, publish
 
 HERE = Path(__file__).resolve()
 LIMIT_S, SETUP_S = 0.5, 0.5
@@ -130,19 +131,14 @@ def main() -> int:
         for stage, folder in folders.items():
             rank("prepare", folder, stage)
         methods = {
-            "unicom --help": lambda: command(["--help"]),
-            "unicom config show": lambda: command(["config", "show", "recipes/quickstart.yaml"]),
+            "unicom --help": partial(command, ["--help"]),
+            "unicom config show": partial(command, ["config", "show", "recipes/quickstart.yaml"]),
         }
         for stage, folder in folders.items():
             engine = "ZeRO-3" if stage else "plain"
-            methods[f"{engine}: imports, rendezvous, read"] = lambda f=folder, s=stage: rank("unavoidable", f, s)
-            methods[f"{engine}: resume to first step"] = lambda f=folder, s=stage: rank("resume", f, s)
-        seconds: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
-        for number in range(options.rounds + 1):
-            for method in list(methods) if number % 2 else reversed(list(methods)):
-                measured = methods[method]()
-                if number:  # the first round fills the page cache
-                    seconds[method].append(measured)
+            methods[f"{engine}: imports, rendezvous, read"] = partial(rank, "unavoidable", folder, stage)
+            methods[f"{engine}: resume to first step"] = partial(rank, "resume", folder, stage)
+        seconds = in_turn(methods, options.rounds)  # the round that does not count fills the page cache
     cpu = {method: Timing.of([c for c, _ in values]) for method, values in seconds.items()}
     wall = {method: Timing.of([w for _, w in values]) for method, values in seconds.items()}
     goals = [Goal(m, cpu[m].median, LIMIT_S, at_least=False, unit="s") for m in ("unicom --help", "unicom config show")]

@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from common import Goal, Timing, importable, publish
+from common import Goal, Timing, importable, in_turn, publish
 from torch import nn
 
 from unicom_dist.config.schema import Config
@@ -219,7 +220,8 @@ def main() -> int:
         if importable("accelerate"):
             methods["accelerate"] = accelerated(WithLoss(config, size), batch)
             methods["transformers Trainer"] = hugging_face(WithLoss(config, size), batch, folder / "hf")
-        timings = measure(methods, options.steps, options.rounds)
+        found = in_turn({name: partial(method, options.steps) for name, method in methods.items()}, options.rounds)
+        timings = {name: Timing.of([value / options.steps for value in seconds]) for name, seconds in found.items()}
         weights = sum(p.numel() for p in WithLoss(config, size).parameters())
     hand = timings["hand-written loop"].median
     rows = [
@@ -254,17 +256,6 @@ def prepare(config: Config) -> None:
     manifest = Manifest.read(Path(config.data.path) / "train", config.encoder.kind)
     manifest.fingerprint = encoder_fingerprint(config.encoder)
     manifest.write(Path(config.data.path) / "train")
-
-
-def measure(methods: dict[str, Method], steps: int, rounds: int) -> dict[str, Timing]:
-    """Seconds per step; every method in every round, the order reversed every other round."""
-    for method in methods.values():
-        method(5)
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(rounds):
-        for name in list(methods) if number % 2 == 0 else reversed(list(methods)):
-            seconds[name].append(methods[name](steps) / steps)
-    return {name: Timing.of(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Measured = TypeVar("Measured")
 RESULTS = Path(__file__).parent / "results"
 ALWAYS = ("torch", "numpy")
 
@@ -42,20 +44,33 @@ class Timing:
         return f"{self.low / self.median - 1:+.0%} .. {self.high / self.median - 1:+.0%}"
 
 
+def in_turn(methods: Mapping[str, Callable[[], Measured]], rounds: int) -> dict[str, list[Measured]]:
+    """What every method returns in each of `rounds` rounds, after one that does not count.
+
+    A round calls each method once; the order is reversed every other round, so that drift falls on all alike.
+    """
+    found: dict[str, list[Measured]] = {name: [] for name in methods}
+    for number in range(rounds + 1):
+        for name in list(methods) if number % 2 else reversed(list(methods)):
+            gc.collect()
+            value = methods[name]()
+            if number:
+                found[name].append(value)
+    return found
+
+
 def interleaved(
     methods: Mapping[str, Callable[[], object]], rounds: int = 7, clock: Callable[[], float] = time.process_time
 ) -> dict[str, Timing]:
-    """Run every method once unmeasured, then `rounds` times in turn; the order is reversed every other round."""
-    for method in methods.values():
+    """Seconds on `clock` that each method takes, measured `in_turn`."""
+
+    def timed(method: Callable[[], object]) -> float:
+        start = clock()
         method()
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(rounds):
-        for name in list(methods) if number % 2 == 0 else reversed(list(methods)):
-            gc.collect()
-            start = clock()
-            methods[name]()
-            seconds[name].append(clock() - start)
-    return {name: Timing.of(values) for name, values in seconds.items()}
+        return clock() - start
+
+    found = in_turn({name: partial(timed, method) for name, method in methods.items()}, rounds)
+    return {name: Timing.of(seconds) for name, seconds in found.items()}
 
 
 def importable(module: str) -> bool:
