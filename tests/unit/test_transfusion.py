@@ -10,61 +10,16 @@ from unicom_dist.config.errors import ConfigError, DataError
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models import attention, transfusion
 from unicom_dist.models.attention import AttentionPlan
-from unicom_dist.models.segments import PackedBatch, Segment
+from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.transfusion import Transfusion
+from unicom_dist.testing.tiny_batch import Stretch, tiny_batch
 
 LATENT, FEATURE, VOCABULARY = 6, 10, 50
 CONFIG = PriorConfig(hidden=32, layers=3, heads=4, kv_heads=2, ffn=48, max_grid=8)
-Piece = tuple[str, int]  # what and how many: ("text", 5), ("feature", 4), ("latent", 4)
 
 
-def packed(samples: Sequence[Sequence[Piece]], seed: int = 0) -> PackedBatch:
-    """A batch of random content; text labels predict the next token, images are 2 columns wide."""
-    draw = torch.Generator().manual_seed(seed)
-    segments, rope, where, grids, latent_t = [], [], {"text": [], "latent": [], "feature": []}, {}, []
-    grids = {"latent": [], "feature": []}
-    labels, owner_of_label, owner_of_latent, place = [], [], [], 0
-    for number, pieces in enumerate(samples):
-        position = 0
-        for what, length in pieces:
-            mode = {"text": "causal", "latent": "noise", "feature": "full"}[what]
-            segments.append(Segment(number, mode, length))
-            where[what] += range(place, place + length)
-            if what == "text":
-                rope += range(position, position + length)
-                labels += range(place, place + length - 1)
-                owner_of_label += [number] * (length - 1)
-                position += length
-            else:
-                rope += [position] * length
-                grids[what] += [(i // 2, i % 2) for i in range(length)]
-                position += 1
-            if what == "latent":
-                latent_t += [torch.rand(1, generator=draw).item()] * length
-                owner_of_latent += [number] * length
-            place += length
-    whole = {name: torch.tensor(index, dtype=torch.int64) for name, index in where.items()}
-    noised, seen = len(where["latent"]), len(where["feature"])
-    return PackedBatch(
-        segments=segments,
-        rope_positions=torch.tensor(rope, dtype=torch.int64),
-        token_ids=torch.randint(VOCABULARY, (len(where["text"]),), generator=draw),
-        token_index=whole["text"],
-        label_index=torch.tensor(labels, dtype=torch.int64),
-        label_ids=torch.randint(VOCABULARY, (len(labels),), generator=draw),
-        latents=torch.randn(noised, LATENT, generator=draw),
-        noise=torch.randn(noised, LATENT, generator=draw),
-        t=torch.tensor(latent_t),
-        latent_index=whole["latent"],
-        latent_grid=torch.tensor(grids["latent"], dtype=torch.int64).reshape(-1, 2),
-        features=torch.randn(seen, FEATURE, generator=draw),
-        feature_index=whole["feature"],
-        feature_grid=torch.tensor(grids["feature"], dtype=torch.int64).reshape(-1, 2),
-        keys=[str(number) for number in range(len(samples))],
-        tasks=["test"] * len(samples),
-        label_sample=torch.tensor(owner_of_label, dtype=torch.int64),
-        latent_sample=torch.tensor(owner_of_latent, dtype=torch.int64),
-    )
+def packed(samples: Sequence[Sequence[Stretch]], seed: int = 0) -> PackedBatch:
+    return tiny_batch(samples, VOCABULARY, LATENT, FEATURE, seed)
 
 
 def model(config: PriorConfig = CONFIG) -> Transfusion:
@@ -168,7 +123,7 @@ def test_swapping_two_places_of_an_image_changes_the_velocity() -> None:
 
 
 @pytest.mark.parametrize("samples", [[[("text", 4)]], [[("feature", 4)]], [[("latent", 4)]]])
-def test_every_weight_gets_a_gradient_whatever_the_modality(samples: list[list[Piece]]) -> None:
+def test_every_weight_gets_a_gradient_whatever_the_modality(samples: list[list[Stretch]]) -> None:
     network = model()
     losses, velocity = network(packed(samples))
     (losses.sum() + velocity.double().square().sum()).backward()
