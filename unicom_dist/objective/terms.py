@@ -6,7 +6,7 @@ weights.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,27 @@ def prior_terms(outputs: tuple[Tensor, Tensor], batch: PackedBatch, stage: Stage
         "text": LossTerm(label_losses.sum(), counts["text"], stage.lambda_text),
         "flow": LossTerm(squared_error(velocity, batch.latents, batch.noise).sum(), counts["flow"], stage.lambda_flow),
     }
+
+
+def joint_counts(batch: PackedBatch) -> dict[str, int]:
+    """Items of each term of `joint_terms`: those of the prior, and the features to be rebuilt."""
+    return {**prior_counts(batch), "recon": batch.target_features.shape[0]}
+
+
+def joint_terms(
+    outputs: tuple[Tensor, ...], batch: PackedBatch, stage: StageConfig, first: bool = True, last: bool = True
+) -> dict[str, LossTerm]:
+    """`prior_terms`, and `recon`: squared error of the rebuilt features per latent, mean over channels.
+
+    `outputs` of a `JointPrior`, or of its `first` part alone, where `recon` arises, or its `last`, where the others do.
+    """
+    terms: dict[str, LossTerm] = {}
+    if last:
+        label_losses, velocity, latents = outputs[:3]
+        terms = prior_terms((label_losses, velocity), replace(batch, latents=latents), stage)
+    if first:
+        terms["recon"] = LossTerm(outputs[-1].sum(), joint_counts(batch)["recon"], stage.joint.lambda_recon)
+    return terms
 
 
 def _low_noise(batch: CodecBatch, config: CodecConfig) -> Tensor:
