@@ -60,6 +60,12 @@ class NonFiniteError(UnicomError):
     exit_code = 6
 
 
+class CollapseError(UnicomError):
+    """The latents of joint training have lost what they had to tell."""
+
+    exit_code = 6
+
+
 class HangError(UnicomError):
     """A rank stopped making progress or died."""
 

@@ -5,8 +5,10 @@ attention is shared by heads and the MLP by channels, the vocabulary by tokens; 
 whole. Between the layers every rank has its own positions; the heads see all positions of the region on every rank.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ from unicom_dist.parallel.tensor import (
 
 EMBEDDING = "backbone.model.embed_tokens.weight"
 LAYER = "backbone.model.layers.*"
+Model = TypeVar("Model", bound=Transfusion)
 
 
 class FusedAttention(Attention):
@@ -74,6 +77,8 @@ def declarations(config: PriorConfig) -> list[Declaration]:
         Positionwise("latent_in"),
         Positionwise("time"),
         Positionwise("connector"),
+        Positionwise("compressor"),  # on whole images, but its gradient comes through the rank's own positions
+        Positionwise("reconstruct"),
     ]
 
 
@@ -81,9 +86,15 @@ def outline(
     config: PriorConfig, vocab_size: int, latent_channels: int, feature_channels: int, mesh: Mesh, part: Part = WHOLE
 ) -> Transfusion:
     """This rank's part and shard on the meta device: parameters with shapes and `pieces`, but no memory yet."""
+    return outlined(partial(Transfusion, config, vocab_size, latent_channels, feature_channels, part=part), mesh)
+
+
+def outlined(build: Callable[[], Model], mesh: Mesh) -> Model:
+    """`outline` of what `build` makes: a Transfusion or a kind of it, of which it may be a part."""
     with torch.device("meta"):
-        module = Transfusion(config, vocab_size, latent_channels, feature_channels, part=part)
-        shard(module, declarations(config), mesh)
+        module = build()
+        shard(module, declarations(module.config), mesh)
+    config, part = module.config, module.part
     if config.tie_embeddings and part.first != part.last:
         copy = module.backbone.get_parameter("model.embed_tokens.weight" if part.first else "lm_head.weight")
         copy.pieces = [  # type: ignore[attr-defined]
