@@ -12,6 +12,8 @@ import inspect
 import io
 import logging
 import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ def import_deepspeed(device: torch.device) -> Any:
                 "parallel.zero_stage > 0", f"DeepSpeed cannot be imported: {error}", VERSIONS, DOCS
             ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch 2.13 renamed the collectives that DeepSpeed calls; nothing a user could do about it.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     backend = importlib.import_module("deepspeed.comm.torch")
     if not hasattr(backend, "build_shm_op"):
         raise other_version(deepspeed, ["comm.torch.build_shm_op"])
@@ -139,16 +143,16 @@ class Groups:
     get_tensor_model_parallel_rank = get_model_parallel_rank
 
 
-class Seed(torch.autograd.Function):
-    """A scalar whose gradient with respect to `output` is `grad`: how a backward pass starts inside a pipeline."""
+@contextlib.contextmanager
+def backward_pass(engine: Any) -> Iterator[None]:
+    """What `DeepSpeedEngine.backward` does around autograd, for roots that are not one scalar loss.
 
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """output and grad of one shape -> 0."""
-        ctx.save_for_backward(grad)
-        return output.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The gradient that was given; the scalar's own is 1."""
-        return ctx.saved_tensors[0], None
+    DeepSpeed also follows bare `torch.autograd.backward`, but with several forwards in flight it misses the end of all
+    backward passes except the first (deepspeed 0.19.8, runtime/base_optimizer.py).
+    """
+    engine._running_engine_backward = True
+    try:
+        yield
+        engine._backward_epilogue()
+    finally:
+        engine._running_engine_backward = False

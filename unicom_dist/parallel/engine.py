@@ -7,7 +7,7 @@ Shapes: n_g elements of group g on this rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,11 +15,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from unicom_dist.config.errors import NonFiniteError
 from unicom_dist.parallel.mesh import Mesh
 
 Buffers = list[Tensor]  # one flat float32 tensor per group
+Root = Tensor | GradientEdge  # a tensor, or the place in the graph where it arose
+Gradients = Tensor | Sequence[Tensor | None] | None
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,10 @@ class Engine(Protocol):
     def accumulate(self) -> AbstractContextManager[None]:
         """Around all forwards and backwards of one step; gradients are reduced once, at its end. Collective over dp."""
 
-    def backward(self, output: Tensor, grad: Tensor | None = None) -> None:
-        """Add gradients of a scalar loss, or of an inner pp_stage's `output` given the gradient with respect to it.
+    def backward(self, roots: Root | Sequence[Root], gradients: Gradients = None) -> None:
+        """Add the gradients of scalar losses, and of an inner pp_stage's outputs given those with respect to the outputs.
 
-        The engine averages over `mesh.zero`.
+        As `torch.autograd.backward`. The engine averages over `mesh.zero`.
         """
 
     def step(self, lr: float) -> float:

@@ -5,7 +5,7 @@ operations whatever the number of parameters. In bfloat16 the module sees a bflo
 torch's fused AdamW kernel is called directly: a `torch.optim` object imports the compiler (more than a second of CPU).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from unicom_dist.parallel.engine import (
     Buffers,
     Fragment,
+    Gradients,
     OptimizerConfig,
+    Root,
     decay_groups,
     fragments_of,
     pieces_of,
@@ -86,8 +88,8 @@ class PlainEngine:
             if self.mesh.zero.size > 1:
                 grad.div_(self.mesh.zero.size)
 
-    def backward(self, output: Tensor, grad: Tensor | None = None) -> None:
-        output.backward(grad)  # type: ignore[no-untyped-call]
+    def backward(self, roots: Root | Sequence[Root], gradients: Gradients = None) -> None:
+        torch.autograd.backward(roots, gradients)  # type: ignore[arg-type]  # its signature does not mix kinds of roots
 
     def gradients(self) -> Buffers:
         return [*self._grad, *(master.new_empty(0) for master in self._master[len(self._grad) :])]

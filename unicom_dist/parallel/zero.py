@@ -8,7 +8,7 @@ slice in bfloat16) and are reduced once (`coalesce_grad_reduction`, which needs 
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unicom_dist.config.errors import NonFiniteError, PreflightError
-from unicom_dist.parallel.deepspeed_adapter import ORDER, Groups, Seed, import_deepspeed
-from unicom_dist.parallel.engine import Buffers, OptimizerConfig, check_finite
+from unicom_dist.parallel.deepspeed_adapter import ORDER, Groups, backward_pass, import_deepspeed
+from unicom_dist.parallel.engine import Buffers, Gradients, OptimizerConfig, Root, check_finite
 from unicom_dist.parallel.gradients import Finish
+from unicom_dist.parallel.kernels import adamw
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.zero_shards import GroupShards, Initial, ParameterShards
 
@@ -57,15 +58,14 @@ class ZeroEngine:
         groups = Groups(mesh)
         with contextlib.redirect_stdout(io.StringIO()):
             self._shards.prepare(deepspeed, settings, groups, initial)
-            optimizer = torch.optim.AdamW(
+            optimizer = adamw(
                 [
                     {"params": [p for _, p in named], "weight_decay": config.weight_decay * decayed}
                     for named, decayed in zip(self._shards.trained, self._shards.decayed, strict=True)
                 ],
-                lr=0.0,
-                betas=config.betas,
-                eps=config.eps,
-                fused=True,
+                config.betas,
+                config.eps,
+                config.kernels,
             )
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=groups)
         self._zero = self._engine.optimizer
@@ -91,9 +91,9 @@ class ZeroEngine:
         if self._stage == 3:
             ORDER.agree(self.mesh)
 
-    def backward(self, output: Tensor, grad: Tensor | None = None) -> None:
-        start = output if grad is None else Seed.apply(output, grad)  # type: ignore[no-untyped-call]
-        self._engine.backward(start)
+    def backward(self, roots: Root | Sequence[Root], gradients: Gradients = None) -> None:
+        with backward_pass(self._engine):
+            torch.autograd.backward(roots, gradients)  # type: ignore[arg-type]  # its signature does not mix kinds
 
     def gradients(self) -> Buffers:
         return self._shards.gradients()

@@ -118,6 +118,7 @@ class ParameterShards(Shards):
                     config_dict_or_path=settings,
                     dtype=self.dtype,
                     mpu=groups,
+                    zero_param_parallel_group=deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
                 )
             else:
                 first.convert_to_zero_parameters(param_list=[p])
