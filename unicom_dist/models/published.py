@@ -1,19 +1,24 @@
 """Published Qwen2.5 folders into the backbone: `config.json` and one or several safetensors files.
 
-Only safetensors are read, tensor by tensor. With a trimmed vocabulary the rows of the tables are picked by source id.
+Only safetensors are read, tensor by tensor, of a cut matrix the cut. With a trimmed vocabulary the rows of the tables
+are picked by source id.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models.backbone import Qwen2
+from unicom_dist.models.init import Source, fill
+from unicom_dist.parallel.engine import Piece
 
 # Our field, the published key, and what the architecture says where the key is missing.
 FIELDS = (
@@ -25,35 +30,65 @@ FIELDS = (
     ("norm_eps", "rms_norm_eps", 1e-6),
     ("tie_embeddings", "tie_word_embeddings", False),
 )
+DOCS = "docs/checkpoints.md"
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def load_published(backbone: Qwen2, config: PriorConfig, source_ids: Sequence[int]) -> None:
-    """Fill `backbone` from `config.init_from`; `source_ids[row]` is the published id of each vocabulary row.
+def published_source(config: PriorConfig, source_ids: Sequence[int]) -> Source:
+    """The backbone's weights in `config.init_from`; `source_ids[row]` is the published id of each vocabulary row.
 
-    ConfigError: the recipe describes another model. CheckpointError: files missing, damaged or without a tensor.
+    Of a cut matrix only the cut is read. ConfigError: the recipe describes another model. CheckpointError: files
+    damaged, or, when it is asked for, without a tensor.
     """
     folder = Path(config.init_from)
     check_architecture(config, folder)
-    rows = torch.tensor(source_ids)
-    wanted = dict(backbone.named_parameters())  # a tied head is the embedding and is not listed twice
+    files: dict[str, tuple[Path, Any]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file, torch.no_grad():
-                for name in wanted.keys() & set(file.keys()):
-                    stored = file.get_tensor(name)
-                    if name in TABLES:
-                        check_rows(rows, stored.shape[0], folder)
-                        stored = stored[rows]
-                    wanted.pop(name).copy_(stored)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {path}", str(error).splitlines()[0], "fetch the file again") from error
-    if wanted:
-        raise CheckpointError(
-            f"{folder} lacks {len(wanted)} tensors, first {min(wanted)}",
-            "the model would start from a mixture of published and random weights",
-            "a folder with all *.safetensors of the model",
-        )
+        with _readable(path):
+            file: Any = safe_open(path, framework="pt")
+            files |= dict.fromkeys(file.keys(), (path, file))
+
+    def read(piece: Piece) -> Tensor:
+        name = piece.name.removeprefix("backbone.")
+        if name not in files:
+            raise CheckpointError(
+                f"{folder} lacks {name}",
+                "the model would start from a mixture of published and random weights",
+                "a folder with all *.safetensors of the model",
+            )
+        path, file = files[name]
+        with _readable(path):
+            stored = file.get_slice(name)
+            check_shape(piece, tuple(stored.get_shape()), name in TABLES, folder)
+            mine = slice(piece.begin, piece.begin + piece.cut[piece.dim])
+            if name in TABLES:
+                rows = list(source_ids[mine])
+                check_rows(rows, stored.get_shape()[0], folder)
+                values: Tensor = stored[_as_slice(rows)]
+            else:
+                values = stored[:, mine] if piece.dim == 1 else stored[mine]
+            return values
+
+    return read
+
+
+def load_published(backbone: Qwen2, config: PriorConfig, source_ids: Sequence[int]) -> None:
+    """Fill `backbone`, or this rank's share of it, as `published_source` says."""
+    fill(backbone, published_source(config, source_ids))
+
+
+def _as_slice(rows: list[int]) -> slice | list[int]:
+    """Consecutive rows as a slice, which is read straight from the file."""
+    first = rows[0] if rows else 0
+    return slice(first, first + len(rows)) if rows == list(range(first, first + len(rows))) else rows
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}", str(error).splitlines()[0], "fetch the file again") from error
 
 
 def table_rows(folder: Path) -> int:
@@ -96,11 +131,61 @@ def check_architecture(config: PriorConfig, folder: Path) -> None:
         )
 
 
-def check_rows(rows: torch.Tensor, stored: int, folder: Path) -> None:
-    """CheckpointError if the vocabulary needs rows the published table lacks."""
-    if int(rows.max()) >= stored:
+def check_shape(piece: Piece, stored: tuple[int, ...], is_table: bool, folder: Path) -> None:
+    """CheckpointError if a tensor has not the shape that config.json says; a table may have any number of rows."""
+    if stored[is_table:] != piece.shape[is_table:]:
         raise CheckpointError(
-            f"the vocabulary needs row {int(rows.max())} of the embedding",
+            f"{piece.name} is {list(stored)} in {folder}",
+            f"its config.json says {list(piece.shape)}",
+            "a folder with all *.safetensors of one model",
+        )
+
+
+def check_rows(rows: Sequence[int], stored: int, folder: Path) -> None:
+    """CheckpointError if the vocabulary needs rows the published table lacks."""
+    if max(rows, default=0) >= stored:
+        raise CheckpointError(
+            f"the vocabulary needs row {max(rows)} of the embedding",
             f"{folder} has {stored} rows: its tokenizer is another one",
             "prior.tokenizer of the same model as prior.init_from",
         )
+
+
+def prior_section(folder: Path) -> dict[str, Any]:
+    """What a recipe says under `prior` to start from `folder`, once all its tensors are there in the right shapes.
+
+    Reads the headers of the files alone. CheckpointError: not Qwen2, incomplete or damaged.
+    """
+    published = _published_config(folder)
+    theta = published.get("rope_theta") or (published.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
+    section = {field: published.get(key, default) for field, key, default in FIELDS} | {"rope_theta": float(theta)}
+    try:
+        if published.get("model_type", "qwen2") != "qwen2":
+            raise ValueError(f"a {published['model_type']} model, the backbone is qwen2")
+        with torch.device("meta"):
+            model = Qwen2(PriorConfig.model_validate(section), table_rows(folder))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder} cannot be imported", " ".join(str(error).splitlines()[:3]), "a folder of Qwen2.5 weights", DOCS
+        ) from None
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot read {path}", str(error).splitlines()[0], "fetch the file again", DOCS
+            ) from None
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = sorted(name for name, shape in wanted.items() if stored.get(name) != shape)
+    if wrong:
+        has = list(stored[wrong[0]]) if wrong[0] in stored else "absent"
+        raise CheckpointError(
+            f"{folder}: {wrong[0]} is {has}, its config.json says {list(wanted[wrong[0]])}",
+            f"{len(wrong)} of {len(wanted)} tensors are missing or of another shape",
+            "a folder with all *.safetensors of one model",
+            DOCS,
+        )
+    place = str(folder.resolve())
+    return {"init_from": place, **({"tokenizer": place} if (folder / "tokenizer.json").is_file() else {}), **section}
