@@ -37,9 +37,10 @@ def resume(folder: str, zero_stage: str) -> None:
     from unicom_dist.train.callbacks import Observer
     from unicom_dist.train.loop import start_run, train_step
     from unicom_dist.train.signals import StopRequest
+    from unicom_dist.train.watchdog import Watchdog
 
     config = configure(Path(folder), int(zero_stage), write=False)
-    run = start_run(config, config.stage("pretrain"), init_mesh(60), StopRequest())
+    run = start_run(config, config.stage("pretrain"), init_mesh(timeout_s=60), StopRequest(), Watchdog())
     assert run.step == 1, "it should have resumed"
     with open(os.devnull, "w") as nowhere, Observer(run, nowhere) as observer:
         train_step(run, observer)
@@ -56,7 +57,7 @@ def unavoidable(folder: str, zero_stage: str) -> None:
 
     from unicom_dist.parallel.mesh import init_mesh
 
-    mesh = init_mesh(60)
+    mesh = init_mesh(timeout_s=60)
     if zero_stage == "3":
         from unicom_dist.parallel.deepspeed_adapter import import_deepspeed
 
@@ -78,10 +79,11 @@ def prepare(folder: str, zero_stage: str) -> None:
     from unicom_dist.train.callbacks import Observer
     from unicom_dist.train.loop import save, start_run, train_step
     from unicom_dist.train.signals import StopRequest
+    from unicom_dist.train.watchdog import Watchdog
 
     config = configure(Path(folder), int(zero_stage))
     prepare(config)
-    run = start_run(config, config.stage("pretrain"), init_mesh(60), StopRequest())
+    run = start_run(config, config.stage("pretrain"), init_mesh(timeout_s=60), StopRequest(), Watchdog())
     with open(os.devnull, "w") as nowhere, Observer(run, nowhere) as observer:
         train_step(run, observer)
         save(run)
