@@ -3,13 +3,18 @@
 import json
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from unicom_dist.config.errors import DataError, HangError, PreflightError, UnicomError
 from unicom_dist.parallel.mesh import environment
+from unicom_dist.testing.tiny import tiny_config
 from unicom_dist.train.launch import _cause, error_path, threads_per_rank
+from unicom_dist.train.pipeline import preflight
 from unicom_dist.train.signals import STOP_SIGNALS, StopRequest
 
 
@@ -91,3 +96,18 @@ def test_slurm_tasks_are_ranks_and_need_an_address(monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     assert environment() == (3, 4, 1)
+
+
+def test_ranks_that_look_at_their_folder_at_once_do_not_disturb_each_other(tmp_path):
+    config = tiny_config(tmp_path)
+    together = threading.Barrier(4)
+
+    def look() -> None:
+        for _ in range(50):
+            together.wait(10)
+            preflight(config)
+
+    with ThreadPoolExecutor(4) as ranks:
+        for rank in [ranks.submit(look) for _ in range(4)]:
+            rank.result()
+    assert list(Path(config.run_dir).iterdir()) == []

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,9 +110,9 @@ def preflight(config: Config) -> None:
     folder = Path(config.run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as probe:  # all ranks look at the same time
+            probe.write(b"x" * 4096)
+            probe.flush()
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise PreflightError(
