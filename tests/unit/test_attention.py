@@ -8,18 +8,8 @@ import torch
 from unicom_dist.models import attention
 from unicom_dist.models.attention import AttentionPlan, visible
 from unicom_dist.models.layers import attend, attend_by_products
-from unicom_dist.models.segments import Mode, Segment
-
-MODES: list[Mode] = ["causal", "full", "noise"]
-
-
-def random_packing(seed: int) -> list[Segment]:
-    draw = random.Random(seed)
-    return [
-        Segment(sample, draw.choice(MODES), draw.randint(1, 9))
-        for sample in range(draw.randint(1, 7))
-        for _ in range(draw.randint(1, 5))
-    ]
+from unicom_dist.models.segments import Segment
+from unicom_dist.testing.segments import random_packing
 
 
 def by_the_book(segments: list[Segment]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unicom_dist.config.schema import PriorConfig
+from unicom_dist.models import functions
 from unicom_dist.models.attention import AttentionPlan
 from unicom_dist.models.backbone import Decoder
 from unicom_dist.models.functions import RmsNormFunction, silu_product
@@ -158,3 +159,14 @@ def test_gradients_of_packed_attention_survive_giving_its_result_back(monkeypatc
         found.append([tensor.grad for tensor in tensors])
     for mine, plain in zip(*found, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_functions_equal_the_plain_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "_FORMS", dict(functions._FORMS))
+    functions.compile_all()
+    for form, plain, shapes in FORMS.values():
+        tensors = inputs(shapes, torch.float32)
+        pairs = zip(out_and_gradients(form, tensors), out_and_gradients(plain, tensors), strict=True)
+        for mine, theirs in pairs:
+            assert (mine - theirs).norm() / theirs.norm() <= 1e-6

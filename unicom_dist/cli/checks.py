@@ -125,20 +125,17 @@ def _accelerators() -> Iterator[Check]:
 
 
 def _fused() -> Iterator[Check]:
-    """Fused kernels are used when they are there. The package called apex on PyPI is another one."""
-    apex = importlib.util.find_spec("apex")
-    roots = [Path(folder) for folder in (apex.submodule_search_locations or [])] if apex else []
-    if any((root / "multi_tensor_apply").is_dir() for root in roots):
-        yield Check("NVIDIA apex", "good", "found")
-    elif apex:
-        yield Check(
-            "NVIDIA apex", "optional", "a package called apex is there, but it is not NVIDIA's", "pip uninstall apex"
-        )
-    else:
-        yield Check("NVIDIA apex", "optional", "not installed; torch's own kernels are used")
-    engine = importlib.util.find_spec("transformer_engine")
-    found = "found" if engine else "not installed; torch's own kernels are used"
-    yield Check("Transformer Engine", "good" if engine else "optional", found)
+    """Fused kernels are used when they are there; `kernels` in a recipe chooses among them."""
+    from unicom_dist.parallel.kernels import detect
+
+    try:
+        import torch
+
+        cuda = torch.cuda.is_available()
+    except Exception:  # the check of torch says so
+        cuda = False
+    for kernel in detect(cuda):
+        yield Check(kernel.title, "good" if kernel.available else "optional", kernel.text, kernel.remedy)
 
 
 def _assets() -> Iterator[Check]:

@@ -12,6 +12,7 @@ from unicom_dist.config.layout import Layout, Recompute, Schedule, refusals
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Switch = Literal["auto", "on", "off"]
 
 
 class Unworkable(ValueError):
@@ -201,6 +202,15 @@ class DeepSpeedConfig(Section):
     extra: dict[str, Any] = Field(default_factory=dict, description="merged over the generated DeepSpeed configuration, key by key")
 
 
+class KernelsConfig(Section):
+    """Fused kernels: `on` insists on one, `off` leaves it, `auto` takes it where it is there and known to be faster."""
+
+    fused_adam: Switch = Field("auto", description="AdamW of NVIDIA apex in the ZeRO engines (plain replicas update in one call anyway)")
+    fused_norm: Switch = Field("auto", description="RMSNorm of NVIDIA apex")
+    flex_attention: Switch = Field("auto", description="FlexAttention over the packed row with a block mask; `auto`: on GPUs")
+    compile: Switch = Field("auto", description="torch.compile of norm, rotation and activation, forward and backward")
+
+
 class Mixture(Section):
     """Sampling weights of the tasks of a prior stage; any positive numbers, normalised to shares of samples."""
 
@@ -323,6 +333,7 @@ class Config(Section):
     prior: PriorConfig = PriorConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    kernels: KernelsConfig = KernelsConfig()
     stages: list[StageConfig] = Field(default_factory=list)
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()

@@ -7,6 +7,7 @@ and SwiGLU.
 Shapes: S positions, H heads of K channels, D width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,61 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """weight * x / sqrt(mean(x^2) + eps) over the last axis, and the reciprocal root [..., 1] (float32)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype), scale
+
+
+def norm_backward(d_out: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """With u = x scale: d_x = scale (d_u - u mean(d_u u)), d_weight = sum(d_out u)."""
+    d_out, unit = d_out.to(scale.dtype), x * scale
+    d_weight = (d_out * unit).flatten(0, -2).sum(0).to(weight.dtype)
+    d_unit = d_out * weight
+    d_x = (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True)) * scale
+    return d_x.to(x.dtype), d_weight
+
+
+def rotation_forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + (-high, low) sin, by halves of the last axis."""
+    low, high = x.chunk(2, -1)
+    return x * cos[..., None, :] + torch.cat([-high, low], -1) * sin[..., None, :]
+
+
+def rotation_backward(d_out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The transposed rotation."""
+    low, high = (d_out * sin[..., None, :]).chunk(2, -1)
+    return d_out * cos[..., None, :] + torch.cat([high, -low], -1)
+
+
+def activation_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
+def activation_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(gate) is computed again."""
+    return torch.ops.aten.silu_backward(d_out * up, gate), d_out * F.silu(gate)
+
+
+_FORMS: dict[str, Callable[..., Any]] = {
+    form.__name__: form
+    for form in (
+        norm_forward,
+        norm_backward,
+        rotation_forward,
+        rotation_backward,
+        activation_forward,
+        activation_backward,
+    )
+}
+
+
+def compile_all() -> None:
+    """From now on, in this process, each of the six is one compiled kernel (torch.compile, at its first call)."""
+    for name in _FORMS:
+        _FORMS[name] = torch.compile(globals()[name], dynamic=True)
 
 
 class RmsNormFunction(torch.autograd.Function):
@@ -28,23 +79,16 @@ class RmsNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., D], weight [D] -> [..., D]."""
-        out, scale = rms_norm_forward(x, weight, eps)
+        out: Tensor
+        out, scale = _FORMS["norm_forward"](x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """With u = x scale: d_x = scale (d_u - u mean(d_u u)), d_weight = sum(d_out u)."""
-        x, weight, scale = ctx.saved_tensors
-        d_out = d_out.to(scale.dtype)
-        unit = x.to(scale.dtype).mul_(scale) if x.dtype != scale.dtype else x * scale
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = (d_out * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        d_unit = d_out * weight
-        d_x = (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True)).mul_(scale)
-        return d_x.to(x.dtype), d_weight, None
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        """See `norm_backward`."""
+        return *_FORMS["norm_backward"](d_out, *ctx.saved_tensors), None
 
 
 class RotateFunction(torch.autograd.Function):
@@ -54,16 +98,14 @@ class RotateFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [..., H, K], cos and sin [..., K] -> [..., H, K]."""
         ctx.save_for_backward(cos, sin)
-        low, high = x.chunk(2, -1)
-        return x * cos[..., None, :] + torch.cat([-high, low], -1) * sin[..., None, :]
+        out: Tensor = _FORMS["rotation_forward"](x, cos, sin)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
-        """The transposed rotation."""
-        cos, sin = ctx.saved_tensors
-        low, high = (d_out * sin[..., None, :]).chunk(2, -1)
-        return d_out * cos[..., None, :] + torch.cat([high, -low], -1), None, None
+        """See `rotation_backward`."""
+        return _FORMS["rotation_backward"](d_out, *ctx.saved_tensors), None, None
 
 
 class SiluProductFunction(torch.autograd.Function):
@@ -73,14 +115,15 @@ class SiluProductFunction(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up."""
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        out: Tensor = _FORMS["activation_forward"](gate, up)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        """silu(gate) is computed again."""
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(d_out * up, gate), d_out * F.silu(gate)
+        """See `activation_backward`."""
+        d_gate, d_up = _FORMS["activation_backward"](d_out, *ctx.saved_tensors)
+        return d_gate, d_up
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Share:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._slices = mesh.tp.size if mesh.layout.sequence_parallel else 1
+        self.flex = False  # attend by FlexAttention
 
     @property
     def layout(self) -> Layout:
@@ -56,7 +57,8 @@ class Share:
         """Attention over the whole batch from the positions of a region. Collective over ulysses."""
         padding = self._padded(batch) - batch.num_positions
         extra = [Segment(batch.segments[-1].sample + 1, "causal", padding)] if padding else []
-        plan = AttentionPlan.build([*batch.segments, *extra], dtype, batch.rope_positions.device)
+        segments, device = [*batch.segments, *extra], batch.rope_positions.device
+        plan = self._flex_plan(segments, device) if self.flex else AttentionPlan.build(segments, dtype, device)
         if self._mesh.ulysses.size == 1:
             return plan
 
@@ -65,6 +67,11 @@ class Share:
             return positions_to_heads(self._mesh.ulysses, plan(layer, *heads))
 
         return attend
+
+    def _flex_plan(self, segments: list[Segment], device: torch.device) -> Attend:
+        from unicom_dist.models.flex import FlexPlan  # imports the compiler: more than a second of CPU
+
+        return FlexPlan.build(segments, device)
 
     def gather(self, hidden: Tensor) -> Tensor:
         """Hidden states of the region from those of the slices. Collective over tp."""

@@ -9,7 +9,7 @@ Shapes: n_g elements of group g on this rank.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from unicom_dist.config.errors import NonFiniteError
+from unicom_dist.parallel.kernels import Kernels
 from unicom_dist.parallel.mesh import Mesh
 
 Buffers = list[Tensor]  # one flat float32 tensor per group
@@ -34,6 +35,7 @@ class OptimizerConfig:
     eps: float = 1e-6
     clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     precision: str = "bfloat16"
+    kernels: Kernels = field(default_factory=Kernels)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from unicom_dist.parallel.kernels import detect
+
 ENV_FILE = "env.json"
 PACKAGES = (
     "unicom-dist", "torch", "deepspeed", "transformers", "diffusers", "ray", "mlflow", "webdataset", "safetensors",
@@ -41,6 +43,7 @@ def collect_env(argv: list[str] | None = None) -> dict[str, Any]:
         "cores": _cores(),
         "memory_gib": _memory_gib(),
         "devices": _devices(),
+        "kernels": {kernel.title: kernel.text for kernel in detect(cuda=bool(_devices()))},
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
