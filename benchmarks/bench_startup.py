@@ -40,7 +40,8 @@ def resume(folder: str, zero_stage: str) -> None:
     from unicom_dist.train.watchdog import Watchdog
 
     config = configure(Path(folder), int(zero_stage), write=False)
-    run = start_run(config, config.stage("pretrain"), init_mesh(timeout_s=60), StopRequest(), Watchdog())
+    stage = config.stage("pretrain")
+    run = start_run(config, stage, init_mesh(config.layout(stage, 1), 60), StopRequest(), Watchdog())
     assert run.step == 1, "it should have resumed"
     with open(os.devnull, "w") as nowhere, Observer(run, nowhere) as observer:
         train_step(run, observer)
@@ -83,7 +84,8 @@ def prepare(folder: str, zero_stage: str) -> None:
 
     config = configure(Path(folder), int(zero_stage))
     prepare(config)
-    run = start_run(config, config.stage("pretrain"), init_mesh(timeout_s=60), StopRequest(), Watchdog())
+    stage = config.stage("pretrain")
+    run = start_run(config, stage, init_mesh(config.layout(stage, 1), 60), StopRequest(), Watchdog())
     with open(os.devnull, "w") as nowhere, Observer(run, nowhere) as observer:
         train_step(run, observer)
         save(run)

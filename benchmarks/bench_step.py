@@ -116,7 +116,7 @@ def ours(config: Config, batch: PackedBatch) -> Method:
     """The trainer's own step, with its log, console, status file and average of the weights."""
     stage, mesh = config.stage("pretrain"), Mesh(0, 1, torch.device("cpu"))
     task = make_task(config, stage)
-    engine = make_engine(task.build(), config, stage, mesh)
+    engine = make_engine(task, config, stage, mesh)
     ema = Ema(engine.state()["weight"], stage.ema)
     store: Any = None
     loader: Any = Same(batch)

@@ -10,12 +10,14 @@ from training_run import losses, tiny_run, write_stats
 
 from unicom_dist.checkpoint.saved import checkpoints, latest, read_extra
 from unicom_dist.config.errors import CheckpointError, Preempted
-from unicom_dist.parallel.mesh import init_mesh
+from unicom_dist.config.schema import Config
+from unicom_dist.parallel.mesh import Mesh, init_mesh, join
 from unicom_dist.testing.distributed import run_ranks
 from unicom_dist.train.loop import start_run, train_stage
 from unicom_dist.train.pipeline import prepare_vocabulary
 from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.stages import codec_folder, make_task
+from unicom_dist.train.watchdog import Watchdog
 
 STEPS = {"codec": {"steps": 6}, "sft": {"steps": 6, "mixture": {"text": 1, "text_to_image": 1, "image_to_text": 1}}}
 
@@ -46,8 +48,18 @@ def configure(folder: Path, stage: str, zero_stage: int, nproc: int):
     prepare_vocabulary(config)
     if stage != "codec" and not codec_folder(config).exists():
         task = make_task(config, config.stage("codec"))
-        task.export(codec_folder(config), dict(task.build().named_parameters()), 0)
+        task.export(codec_folder(config), dict(task.build(Mesh(0, 1, torch.device("cpu"))).named_parameters()), 0)
     return config
+
+
+def mesh_of(config: Config, stage: str) -> Mesh:
+    """The ranks that are there, laid out as the stage wants them."""
+    return init_mesh(config.layout(config.stage(stage), join()[1]), 60)
+
+
+def continue_stage(config: Config, stage: str, stop_after: int = 0) -> None:
+    """Train one stage in this process group."""
+    train_stage(config, config.stage(stage), mesh_of(config, stage), StopAfter(stop_after), Watchdog(), None)
 
 
 def train(rank: int, world: int, folder: str, stage: str, zero_stage: int, stop_after: int) -> str:
@@ -55,7 +67,7 @@ def train(rank: int, world: int, folder: str, stage: str, zero_stage: int, stop_
     config = configure(Path(folder), stage, zero_stage, world)
     torch.rand(1 if stop_after else 7)  # the global random state of a new process is not that of the one before
     try:
-        train_stage(config, config.stage(stage), init_mesh(60), StopAfter(stop_after), None)
+        continue_stage(config, stage, stop_after)
     except Preempted:
         return "preempted"
     return "done"
@@ -91,7 +103,7 @@ def test_stopping_and_continuing_changes_no_bit(tmp_path, stage):
 def train_variants(rank: int, world: int, folder: str) -> list[str]:
     """On two ranks, one after the other: a whole run; one that stops; a copy of it set aside; its continuation."""
     ended = [train(rank, world, f"{folder}/whole", "sft", 3, 0), train(rank, world, f"{folder}/cut", "sft", 3, 2)]
-    mesh = init_mesh(60)
+    mesh = init_mesh(timeout_s=60)
     if rank == 0:
         shutil.copytree(Path(folder) / "cut", Path(folder) / "other")
     mesh.barrier()
@@ -128,7 +140,7 @@ def test_loading_under_another_layout_gives_equal_bits(tmp_path):
     assert train(0, 1, str(tmp_path), "sft", 0, 3) == "preempted"
     saved = final_state(tmp_path, "sft")
     config = configure(tmp_path, "sft", 0, 1)
-    run = start_run(config, config.stage("sft"), init_mesh(60), StopAfter(0))
+    run = start_run(config, config.stage("sft"), mesh_of(config, "sft"), StopAfter(0), Watchdog())
     for kind, buffers in {**run.engine.state(), "ema": run.ema.buffers}.items():
         for f in run.engine.fragments:
             piece = buffers[f.group][f.start : f.start + f.numel]
@@ -140,7 +152,7 @@ def test_only_the_newest_checkpoints_are_kept_and_incomplete_ones_ignored(tmp_pa
     config = configure(tmp_path, "codec", 0, 1)
     every = config.stage("codec").model_copy(update={"checkpoint_every": 1})
     config = config.model_copy(update={"stages": [every]})
-    train_stage(config, every, init_mesh(60), StopAfter(0), None)
+    continue_stage(config, "codec")
     folder = Path(config.run_dir) / "checkpoints" / "codec"
     assert [path.name for path in checkpoints(folder)] == ["step-000005", "step-000006"]
     (folder / "step-000006" / "COMPLETE").unlink()
@@ -164,4 +176,4 @@ def test_a_stage_that_has_gone_further_than_configured_is_refused(tmp_path):
     config = configure(tmp_path, "codec", 0, 1)
     short = config.stage("codec").model_copy(update={"steps": 4})
     with pytest.raises(CheckpointError, match="is at step 5"):
-        train_stage(config.model_copy(update={"stages": [short]}), short, init_mesh(60), StopAfter(0), None)
+        continue_stage(config.model_copy(update={"stages": [short]}), "codec")

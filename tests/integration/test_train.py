@@ -10,6 +10,7 @@ from training_run import losses, tiny_run, write_stats
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.data import overview
+from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.distributed import run_ranks
 from unicom_dist.tracking.metrics import read_metrics
 from unicom_dist.tracking.status import read_status
@@ -88,7 +89,8 @@ def test_connector_stage_moves_no_weight_of_the_backbone(finished):
     config, _ = finished
     from unicom_dist.train.stages import make_task
 
-    before = dict(make_task(config, config.stage("alignment")).build().named_parameters())
+    task = make_task(config, config.stage("alignment"))
+    before = dict(task.build(Mesh(0, 1, torch.device("cpu"))).named_parameters())
     after = load_file(Path(config.run_dir) / "weights" / "alignment" / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name].bfloat16(), after[name])}
     assert moved

@@ -6,6 +6,8 @@
 
 import json
 import logging
+import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +16,16 @@ from typing import IO, TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from unicom_dist.objective.terms import LossTerm
 from unicom_dist.parallel.engine import whole_tensors
+from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.tracking.console import StageConsole
 from unicom_dist.tracking.flops import Peak, device_peak
 from unicom_dist.tracking.metrics import MetricsWriter
 from unicom_dist.tracking.status import write_status
+from unicom_dist.train.execution import LossSums
 
 if TYPE_CHECKING:
     from unicom_dist.train.loop import Run
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STATUS_S = 2.0
+EVALUATED_TOGETHER = 8  # held-out batches that are in the pipeline of a dp coordinate at a time
+PICTURES_SHARE = 0.5  # of the free memory that a copy of the model may take for drawing
 
 
 class Observer:
@@ -36,13 +42,14 @@ class Observer:
 
     def __init__(self, run: "Run", terminal: IO[str] | None) -> None:
         self.run, self.stage = run, run.stage
-        self._losses: dict[str, Tensor] = {}
-        self._weights: dict[str, float] = {}
+        self._losses = LossSums()
+        self._counts: dict[str, int] = {}
         self._totals: dict[str, float] = {}
         self._dtype = torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32
         self._since = self._first_step = run.step
         self._step_s = self._waited_s = 0.0
-        self._copy: nn.Module | None = None
+        self._copy: nn.Module | None = None  # for pictures, on rank 0
+        self._room: bool | None = None  # whether rank 0 has room for it
         self._first = run.mesh.rank == 0
         self._metrics: MetricsWriter | None = None
         self._console: StageConsole | None = None
@@ -76,10 +83,7 @@ class Observer:
 
     def add_losses(self, terms: Mapping[str, LossTerm]) -> None:
         """Remember a micro-batch's losses (no synchronisation)."""
-        for name, term in terms.items():
-            value = term.sum.detach().float()
-            self._losses[name] = self._losses[name] + value if name in self._losses else value
-            self._weights[name] = term.weight
+        self._losses.add(terms)
 
     def step_done(
         self,
@@ -91,8 +95,10 @@ class Observer:
         step_s: float,
     ) -> None:
         """A step is finished; `counts` and `amounts` are those of all ranks."""
-        for name, value in (*counts.items(), *amounts.items()):
-            self._totals[name] = self._totals.get(name, 0.0) + value
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
+        for name, amount in amounts.items():
+            self._totals[name] = self._totals.get(name, 0.0) + amount
         self._step_s += step_s
         self._waited_s += waited_s
         step, last = self.run.step, self.run.step == self.stage.steps
@@ -101,15 +107,14 @@ class Observer:
         elif self._console:
             self._console.update(step)
         if self.stage.eval_every and step % self.stage.eval_every == 0 and not last:
-            self._evaluate(self._averaged())
+            self._evaluate()
         if self.stage.sample_every and step % self.stage.sample_every == 0 and not last:
-            self._sample(self._averaged())
+            self._sample()
 
     def finish(self) -> None:
         """The last evaluation and pictures of the stage, and the record that it is done."""
-        model = self._averaged()
-        self._evaluate(model)
-        self._sample(model)
+        self._evaluate()
+        self._sample()
         self._copy = None
         if self._metrics:
             self._metrics.log(self.stage.name, self.run.step, {"state": "done"}, kind="stage")
@@ -121,24 +126,25 @@ class Observer:
             if self._metrics:
                 yardstick = {"mfu_peak_flops_per_s": self._peak.flops_per_s, "mfu_peak_source": self._peak.source}
                 self._metrics.log(self.stage.name, run.step, yardstick, kind="params")
-        sums = run.mesh.dp.sum(torch.stack(list(self._losses.values()))).tolist()
-        losses = {name: value / max(self._totals[name], 1.0) for name, value in zip(self._losses, sums, strict=True)}
+        further = run.task.figures(run.mesh, run.step)
+        sums = self._losses.take(list(self._counts), run.mesh)
+        losses = {name: value / max(self._counts[name], 1) for name, (value, _) in sums.items()}
         if self._metrics and self._console:
             steps = run.step - self._since
             seconds = max(self._step_s, 1e-9)
-            values = {"loss/total": sum(self._weights[name] * value for name, value in losses.items())}
-            values |= {f"loss/{name}": value for name, value in losses.items() if self._totals[name]}
+            values = {"loss/total": sum(value / max(self._counts[name], 1) for name, (_, value) in sums.items())}
+            values |= {f"loss/{name}": value for name, value in losses.items() if self._counts[name]}
             values |= {"lr": lr, "grad_norm": norm, "step_s": seconds / steps, "data_wait_s": self._waited_s / steps}
             for name in ("tokens", "latents", "images"):
                 if name in self._totals:
                     values[f"{name}_per_s"] = self._totals[name] / seconds
             if self._totals.get("flops") and self._peak:
                 values["mfu"] = self._totals["flops"] / seconds / (self._peak.flops_per_s * run.mesh.world)
-            values |= getattr(run.loader, "report", dict)()
+            values |= {**getattr(run.loader, "report", dict)(), **further}
             self._metrics.log(self.stage.name, run.step, values)
             self._console.update(run.step, values)
             self._status()
-        self._losses.clear()
+        self._counts.clear()
         self._totals.clear()
         self._since, self._step_s, self._waited_s = run.step, 0.0, 0.0
 
@@ -152,40 +158,34 @@ class Observer:
         except OSError as error:
             log.warning("the status file could not be written: %s", error)
 
-    def _averaged(self) -> nn.Module:
-        """The model with the averaged weights, on every rank. Collective over dp."""
-        run = self.run
-        engine = run.engine
-        weights = dict(whole_tensors(run.mesh, run.ema.buffers, engine.fragments, engine.replicated, self._dtype))
-        if self._copy is None:
-            self._copy = run.task.build().requires_grad_(False).to(run.mesh.device)
-            for parameter in self._copy.parameters():
-                parameter.data = parameter.data.to(self._dtype)
-        for name, parameter in self._copy.named_parameters():
-            if run.mesh.rank == 0:
-                parameter.data.copy_(weights[name])
-        return self._copy.eval()
+    def _evaluate(self) -> None:
+        """Losses on held-out data with the averaged weights, every dp coordinate taking its share of the batches.
 
-    @torch.no_grad()
-    def _evaluate(self, model: nn.Module) -> None:
-        """Losses on held-out data, each rank taking every dp-th batch. Collective over dp."""
-        run, began = self.run, time.perf_counter()
-        sums: dict[str, Tensor] = {}
-        for suffix, batch in run.task.heldout():
-            counts = run.task.counts(batch)
-            mine = run.mesh.rank == 0
-            terms = run.task.terms(model(batch.to(run.mesh.device)), batch.to(run.mesh.device)) if mine else {}
-            for name, count in counts.items():
-                if suffix and name == "text":  # the one label of a text-to-image sample says nothing
-                    continue
-                key = f"loss/{name}{suffix}"
-                pair = sums.setdefault(key, torch.zeros(2, dtype=torch.float64))
-                if mine and count:
-                    pair += torch.tensor([float(terms[name].sum), count], dtype=torch.float64)
-        if not sums:
+        Collective over the world: every rank runs equally many batches, if need be one of another's.
+        """
+        run, mesh, began = self.run, self.run.mesh, time.perf_counter()
+        every = list(run.task.heldout())
+        if not every:
             return
-        pairs = run.mesh.dp.sum(torch.stack(list(sums.values())).to(run.mesh.device)).tolist()
-        values = {name: total / count for name, (total, count) in zip(sums, pairs, strict=True) if count}
+        counts: dict[str, int] = {}
+        for suffix, batch in every:
+            for name, count in run.task.counts(batch).items():
+                counts[name + suffix] = counts.get(name + suffix, 0) + count
+        sums = LossSums()
+        run.engine.module.eval()
+        with run.engine.using(run.ema.buffers):
+            for first in range(0, len(every), mesh.dp.size * EVALUATED_TOGETHER):
+                places = range(first + mesh.dp.rank, first + mesh.dp.size * EVALUATED_TOGETHER, mesh.dp.size)
+                mine = [every[place % len(every)] for place in places if place - mesh.dp.rank < len(every)]
+                terms = run.execution.terms([batch.to(mesh.device) for _, batch in mine])
+                for place, (suffix, _), found in zip(places, mine, terms, strict=False):
+                    if place < len(every):
+                        sums.add({name + suffix: term for name, term in found.items()})
+        run.engine.module.train()
+        pairs = sums.take(list(counts), mesh)
+        # The one label of a text-to-image sample (with a suffix: the time) says nothing.
+        names = [name for name, count in counts.items() if count and not name.startswith("text@")]
+        values = {f"loss/{name}": pairs[name][0] / counts[name] for name in names}
         times = [value for name, value in values.items() if name.startswith("loss/flow@")]
         if times:
             values["loss/flow"] = sum(times) / len(times)
@@ -194,9 +194,37 @@ class Observer:
             shown = "  ".join(f"{name.removeprefix('loss/')} {value:.4g}" for name, value in values.items())
             self._console.note(f"step {run.step} held out: {shown}  ({time.perf_counter() - began:.1f} s)")
 
-    def _sample(self, model: nn.Module) -> None:
+    def _averaged(self) -> nn.Module | None:
+        """The whole model with the averaged weights, on rank 0. Collective over the world.
+
+        None where it is not: on other ranks and, which is said once, where rank 0 has no room for it.
+        """
+        run, engine = self.run, self.run.engine
+        if self._room is None:
+            numel = sum(math.prod(shape) for shape in {f.name: f.piece.shape for f in engine.fragments}.values())
+            need = numel * self._dtype.itemsize * run.mesh.pp.size  # roughly: pp_stages are about equal
+            self._room = run.mesh.broadcast_object(need < free_bytes(run.mesh.device) * PICTURES_SHARE)
+            if self._console and not self._room:
+                self._console.note(
+                    f"no pictures while training: the whole model takes {need / 2**30:.1f} GiB, which rank 0 lacks;"
+                    " `unicom sample` draws them from the exported weights"
+                )
+        if not self._room:
+            return None
+        if self._first and self._copy is None:
+            self._copy = run.task.build(Mesh(0, 1, run.mesh.device)).requires_grad_(False).to(run.mesh.device).eval()
+            for parameter in self._copy.parameters():
+                parameter.data = parameter.data.to(self._dtype)
+        own = dict(self._copy.named_parameters()) if self._copy else {}
+        for name, tensor in whole_tensors(run.mesh, run.ema.buffers, engine.fragments, engine.replicated, self._dtype):
+            own[name].data.copy_(tensor)
+        return self._copy
+
+    @torch.no_grad()
+    def _sample(self) -> None:
         """A labelled grid of pictures, drawn by rank 0 while the others wait. Collective over the world."""
-        if self._metrics and self._console:
+        model = self._averaged()
+        if model is not None and self._metrics and self._console:
             folder = Path(self.run.config.run_dir) / "samples" / self.stage.name
             path = folder / f"step-{self.run.step:06d}.png"
             grid, labels = self.run.task.draw(model)
@@ -209,3 +237,14 @@ class Observer:
             self._metrics.log(self.stage.name, self.run.step, {"path": shown, "name": "samples"}, kind="artifact")
             self._console.note(f"step {self.run.step} pictures: {path}")
         self.run.mesh.barrier()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of `device` that is free now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""The micro-batches of a step through this rank's slice of the model, whatever the layout.
+"""The micro-batches of a step through this rank's slice of the model, whatever the layout; held-out batches as well.
 
 Every rank of a replica (one coordinate of dp) holds the same batches. Between pp_stages hidden states travel; the loss
 arises in the last chunk of the last pp_stage. With one pp_stage the same code runs and nothing is sent.
@@ -7,6 +7,7 @@ arises in the last chunk of the last pp_stage. With one pp_stage the same code r
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from unicom_dist.objective.terms import LossTerm, total
@@ -14,11 +15,38 @@ from unicom_dist.parallel.engine import Engine
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.pipeline.channels import Boundary
 from unicom_dist.parallel.pipeline.runtime import Payload, Pipeline
-from unicom_dist.parallel.pipeline.stage import AutogradStage, Root
+from unicom_dist.parallel.pipeline.stage import AutogradStage
 from unicom_dist.train.stages import Task
 from unicom_dist.train.watchdog import Watchdog
 
 Terms = Mapping[str, LossTerm]
+
+
+class LossSums:
+    """Sums of the loss terms of several micro-batches, kept on the device until somebody asks.
+
+    Every rank adds what it computed. The ranks of tp compute the same, those of ulysses a share each, and every term
+    arises in one pp_stage: the last, but for what joint training adds to the first.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, terms: Terms) -> None:
+        """Without synchronisation."""
+        for name, term in terms.items():
+            pair = torch.stack([term.sum.detach().float(), term.sum.detach().float() * term.weight])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def take(self, names: Sequence[str], mesh: Mesh) -> dict[str, tuple[float, float]]:
+        """(sum, weighted sum) of each term over all ranks, and start anew. Collective over the world."""
+        rows = torch.zeros(len(names), 2, dtype=torch.float64, device=mesh.device)
+        if mesh.tp.rank == 0:
+            for row, name in zip(rows, names, strict=True):
+                row += self._sums.get(name, 0.0)
+        self._sums.clear()
+        pairs = mesh.everyone.sum(rows).tolist()
+        return {name: (pair[0], pair[1]) for name, pair in zip(names, pairs, strict=True)}
 
 
 class Execution:
@@ -34,34 +62,44 @@ class Execution:
     def train(self, batches: Sequence[Any], counts: Mapping[str, int], observe: Callable[[Terms], None]) -> None:
         """Gradients of all micro-batches of a step, reduced; `counts`: items per term of the whole step.
 
-        `observe` is handed each micro-batch's loss terms, in the last pp_stage alone. Collective over the world.
+        `observe` is handed each micro-batch's loss terms, where they arise. Collective over the world.
         """
 
         def compute(micro: int, chunk: int, received: Payload) -> tuple[Payload, Tensor | None]:
             self._watchdog.doing("forward", micro, chunk)
             output = self._engine(batches[micro], *self._inputs(chunk, received))
-            if not self._is_last(chunk):
-                return (output,), None
-            terms = self._task.terms(output, batches[micro])
+            sent, terms = self._task.outcome(output, batches[micro], not received, self._is_last(chunk))
             observe(terms)
-            return (), total(terms, counts, self._mesh.zero.size)
+            return sent, total(terms, counts, self._mesh.zero.size) if terms else None
 
-        stage = AutogradStage(compute, self._backward)
         with self._engine.accumulate():
-            self._pipeline.run(stage, self._boundaries(batches))
+            self._pipeline.run(AutogradStage(compute, self._engine.backward), self._boundaries(batches))
             self._watchdog.doing("reduction of the gradients")
 
-    def _backward(self, roots: Sequence[Root], gradients: Sequence[Tensor | None]) -> None:
-        self._watchdog.doing("backward")
-        (root,), (gradient,) = roots, gradients
-        self._engine.backward(root, gradient)  # type: ignore[arg-type]
+    @torch.no_grad()
+    def terms(self, batches: Sequence[Any]) -> list[Terms]:
+        """Loss terms of each batch without gradients, where they arise: nowhere but in the first and last pp_stage.
+
+        Collective over the model axis and, under ZeRO-3, over `mesh.zero`: all its ranks pass equally many batches.
+        """
+        found: list[Terms] = [{} for _ in batches]
+
+        def compute(micro: int, chunk: int, received: Payload) -> tuple[Payload, Tensor | None]:
+            self._watchdog.doing("held-out batch", micro, chunk)
+            output = self._engine(batches[micro], *self._inputs(chunk, received))
+            sent, terms = self._task.outcome(output, batches[micro], not received, self._is_last(chunk))
+            found[micro] = {**found[micro], **terms}
+            return sent, None
+
+        self._pipeline.run(AutogradStage(compute), self._boundaries(batches), backward=False)
+        return found
 
     def _boundaries(self, batches: Sequence[Any]) -> list[list[Boundary]]:
-        return [self._task.boundaries(batch, self._mesh.layout) for batch in batches]
+        return [self._task.boundaries(batch) for batch in batches]
 
     def _inputs(self, chunk: int, received: Payload) -> tuple[Any, ...]:
         """What the engine takes besides the batch: nothing where the model begins."""
-        return (*received, chunk) if received else ()
+        return (received if len(received) > 1 else received[0], chunk) if received else ()
 
     def _is_last(self, chunk: int) -> bool:
         return self._mesh.last_pp_stage and chunk == self._last_chunk

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import nn
 
-from unicom_dist.checkpoint.saved import check_model, latest, read_extra, read_rng, read_state
+from unicom_dist.checkpoint.saved import Checkpoint, check_model, latest, read_extra, read_rng, read_state
 from unicom_dist.checkpoint.store import CheckpointStore
 from unicom_dist.config.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from unicom_dist.config.layout import DOCS, refusals
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.prefetch import StepLoader
-from unicom_dist.parallel.engine import Engine, OptimizerConfig, whole_tensors
+from unicom_dist.parallel.deepspeed_config import deepspeed_config
+from unicom_dist.parallel.engine import Engine, OptimizerConfig
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.plain import PlainEngine
-from unicom_dist.parallel.zero3 import Zero3Engine
+from unicom_dist.parallel.zero import ZeroEngine
 from unicom_dist.train.callbacks import Observer
 from unicom_dist.train.ema import Ema
 from unicom_dist.train.execution import Execution
@@ -86,9 +86,10 @@ def train_stage(
                 )
         observer.finish()
     run.store.wait()
-    weights = dict(whole_tensors(mesh, run.ema.buffers, run.engine.fragments, run.engine.replicated, torch.bfloat16))
-    if mesh.rank == 0:
-        run.task.export(Path(config.run_dir) / "weights" / stage.name, weights, run.step)
+    last_checkpoint = latest(run.store.folder) if mesh.rank == 0 else None
+    if last_checkpoint is not None:  # that of the last step; its tensors need not fit in memory together
+        averages = Checkpoint(last_checkpoint).tensors("ema")
+        run.task.export(Path(config.run_dir) / "weights" / stage.name, averages, run.step)
     run.loader.close()
     run.engine.close()
     mesh.barrier()
@@ -150,8 +151,7 @@ def add_up(totals: dict[str, float], values: Mapping[str, float]) -> None:
 def start_run(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest, watchdog: Watchdog) -> Run:
     """Model, engine, data and where they stand: the stage's newest checkpoint, else the stage before. Collective."""
     task = make_task(config, stage)
-    module = task.build()
-    engine = make_engine(module, config, stage, mesh)
+    engine = make_engine(task, config, stage, mesh)
     folder = Path(config.run_dir) / "checkpoints"
     store = CheckpointStore(folder / stage.name, mesh, config.keep_checkpoints, config.parallel.timeout_s)
     loader = task.loader(mesh)
@@ -186,10 +186,14 @@ def _stage_before(config: Config, stage: StageConfig) -> Path | None:
     return found
 
 
-def make_engine(module: nn.Module, config: Config, stage: StageConfig, mesh: Mesh) -> Engine:
-    """The engine of `parallel.zero_stage`. Collective over dp."""
+def make_engine(task: Task[Any], config: Config, stage: StageConfig, mesh: Mesh) -> Engine:
+    """The engine of the layout's ZeRO stage. Collective over `mesh.zero`."""
     options = OptimizerConfig(stage.weight_decay, stage.betas, stage.eps, stage.clip, stage.precision)
-    return (Zero3Engine if config.parallel.zero_stage == 3 else PlainEngine)(module, options, mesh)
+    module = task.build(mesh)
+    if mesh.layout.zero_stage == 0:
+        return PlainEngine(module, options, mesh)
+    settings = deepspeed_config(config.parallel, mesh.layout, stage.precision, config.deepspeed.extra)
+    return ZeroEngine(module, options, mesh, settings, task.initial, mesh.layout.gather_once)
 
 
 def save(run: Run) -> None:
@@ -199,6 +203,7 @@ def save(run: Run) -> None:
         "loader": run.loader.state_dict(),
         "ema_updates": run.ema.updates,
         "optimizer_steps": run.engine.steps_done,
+        "model": run.task.description,
     }
     state = {**run.engine.state(), "ema": run.ema.buffers}
     run.store.save(run.step, state, run.engine.fragments, extra, run.engine.replicated)

@@ -7,6 +7,7 @@ whole step (all ranks, all micro-batches).
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,22 +17,27 @@ from torch import Tensor, nn
 
 from unicom_dist.checkpoint.weights import export_weights, read_weights_config
 from unicom_dist.config.errors import DataError
-from unicom_dist.config.layout import Layout
-from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.config.schema import Config, PriorConfig, StageConfig
 from unicom_dist.data.loader import CodecLoader, PriorLoader, heldout_codec_batches, heldout_prior_batches
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.pairs import feature_channels, open_set
 from unicom_dist.data.prefetch import StepLoader
 from unicom_dist.data.text import Vocabulary
+from unicom_dist.models.backbone import WHOLE, Part
 from unicom_dist.models.codec import Codec, CodecBatch, LatentStats
 from unicom_dist.models.encoders import encoder_fingerprint
-from unicom_dist.models.published import load_published
+from unicom_dist.models.init import Source, fill, local_values
+from unicom_dist.models.published import published_source
 from unicom_dist.models.segments import PackedBatch
-from unicom_dist.models.transfusion import Transfusion
+from unicom_dist.models.sharding import outline
+from unicom_dist.models.transfusion import Transfusion, initial_weight
 from unicom_dist.objective.perceptual import Lpips
 from unicom_dist.objective.terms import LossTerm, codec_counts, codec_terms, prior_counts, prior_terms
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.pipeline.channels import Boundary
+from unicom_dist.parallel.pipeline.runtime import Payload
+from unicom_dist.parallel.pipeline.split import by_rank, estimate, split
+from unicom_dist.parallel.tensor import materialise
 from unicom_dist.sample.loading import load_codec
 from unicom_dist.tracking.flops import codec_flops, prior_flops
 from unicom_dist.train.pictures import draw_prompts, draw_reconstructions
@@ -46,8 +52,15 @@ class Task(ABC, Generic[Batch]):
         self.config, self.stage = config, stage
 
     @abstractmethod
-    def build(self) -> nn.Module:
-        """The model with its initial weights, parameters frozen as the stage says. The same on every rank."""
+    def build(self, mesh: Mesh) -> nn.Module:
+        """This rank's slice of the model with its initial weights, parameters frozen as the stage says.
+
+        Under ZeRO it may be on the meta device: then `initial` has the weights.
+        """
+
+    def initial(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """Initial values of a parameter of `build` that is on the meta device, float32 and of its shape."""
+        raise NotImplementedError(f"{name}: the model has its weights")
 
     @abstractmethod
     def loader(self, mesh: Mesh) -> StepLoader[Batch]:
@@ -63,15 +76,41 @@ class Task(ABC, Generic[Batch]):
 
     @abstractmethod
     def terms(self, outputs: Any, batch: Batch) -> dict[str, LossTerm]:
-        """The loss terms of a batch: names as in `counts`."""
+        """The loss terms of this rank's share of a batch: names as in `counts`."""
 
-    def boundaries(self, batch: Batch, layout: Layout) -> list[Boundary]:
-        """What passes between the pp_stages for a batch."""
+    def outcome(self, outputs: Any, batch: Batch, first: bool, last: bool) -> tuple[Payload, dict[str, LossTerm]]:
+        """Of what a chunk returned: what goes on to the next, and the loss terms that arise in this one.
+
+        `first`, `last`: whether the model begins or ends in the chunk.
+        """
+        return ((), self.terms(outputs, batch)) if last else ((outputs,), {})
+
+    def boundaries(self, batch: Batch) -> list[Boundary]:
+        """What passes between the pp_stages for a batch: as `outcome` hands it on."""
         return []
+
+    def begins(self, name: str) -> bool:
+        """Whether the stage starts this tensor from `build`'s values rather than from the stage before."""
+        return False
+
+    def after_step(self, mesh: Mesh) -> None:
+        """What the model keeps beside its weights follows the step. Collective over the world."""
+
+    def figures(self, mesh: Mesh, step: int) -> dict[str, float]:
+        """Further values for the metrics, the same on every rank. Collective over the world."""
+        return {}
+
+    def restore(self, description: Mapping[str, Any]) -> None:
+        """Take up what the model keeps beside its weights from a checkpoint's `description`."""
 
     @abstractmethod
     def heldout(self) -> Iterator[tuple[str, Batch]]:
         """(suffix, batch): fixed held-out batches; the loss terms of each are reported as `loss/<term><suffix>`."""
+
+    @property
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """What the model is, beside its weights: enough to build it and to draw with it. Plain JSON values."""
 
     @abstractmethod
     def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
@@ -95,7 +134,7 @@ class CodecTask(Task[CodecBatch]):
         with torch.device("meta"):  # an engine may have split the weights of the model itself
             self._shapes = Codec(config.codec, self._channels)
 
-    def build(self) -> nn.Module:
+    def build(self, mesh: Mesh) -> nn.Module:
         kind = self.config.codec.perceptual
         if kind != "none" and self._perceptual is None:
             folder = self.config.codec.perceptual_path
@@ -127,16 +166,18 @@ class CodecTask(Task[CodecBatch]):
             for batch in heldout_codec_batches(self.config, t, self.config.eval.images):
                 yield f"@{t:g}", batch
 
-    def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
-        content = {
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        return {
             "codec": self.config.codec.model_dump(mode="json"),
             "encoder": self.config.encoder.model_dump(mode="json"),
             "encoder_fingerprint": self._fingerprint,
             "encoder_channels": self._channels,
-            "step": step,
             "provenance": provenance(self.config, self.stage),
         }
-        export_weights(folder, content, weights)
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
+        export_weights(folder, {**self.description, "step": step}, weights)
 
     def draw(self, model: nn.Module) -> tuple[Image.Image, list[str]]:
         assert isinstance(model, Codec)
@@ -154,14 +195,32 @@ class PriorTask(Task[PackedBatch]):
         self._channels = feature_channels(open_set(config, "train"), config.encoder.kind)
         self._codec: Codec | None = None  # decodes the pictures drawn while training; loaded with the first
 
-    def build(self) -> nn.Module:
-        channels = self._stats.mean.shape[0]
-        module = Transfusion(self.config.prior, self._vocabulary.size, channels, self._channels, self.config.seed)
-        first = next(stage.name for stage in self.config.stages if stage.kind == "prior")
-        if self.config.prior.init_from and self.stage.name == first:  # later stages continue the one before
-            load_published(module.backbone, self.config.prior, self._vocabulary.source_ids)
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Tokens of the vocabulary, channels of the latents, channels of the features."""
+        return self._vocabulary.size, self._stats.mean.shape[0], self._channels
+
+    def build(self, mesh: Mesh) -> nn.Module:
+        module = outline(self.config.prior, *self.sizes, mesh, part_of(self.config.prior, *self.sizes, mesh))
         module.train_only(self.stage.trainable)
+        if mesh.layout.zero_stage == 0:
+            materialise(module)
+            fill(module, self.source)
+        self._share = module.share
         return module
+
+    def initial(self, name: str, parameter: nn.Parameter) -> Tensor:
+        return local_values(name, parameter, self.source)
+
+    @cached_property
+    def source(self) -> Source:
+        """Where the initial weights come from: the seed and, for the backbone, a published folder if one is named."""
+        drawn = partial(initial_weight, seed=self.config.seed)
+        first = next(stage.name for stage in self.config.stages if stage.kind == "prior")
+        if not self.config.prior.init_from or self.stage.name != first:  # later stages continue the one before
+            return drawn
+        published = published_source(self.config.prior, self._vocabulary.source_ids)
+        return lambda piece: (published if piece.name.startswith("backbone.") else drawn)(piece)
 
     def loader(self, mesh: Mesh) -> StepLoader[PackedBatch]:
         expected: dict[str, str] = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
@@ -188,11 +247,11 @@ class PriorTask(Task[PackedBatch]):
         }
 
     def terms(self, outputs: Any, batch: PackedBatch) -> dict[str, LossTerm]:
-        return prior_terms(outputs, batch, self.stage)
+        return prior_terms(outputs, self._share.region(batch), self.stage)
 
-    def boundaries(self, batch: PackedBatch, layout: Layout) -> list[Boundary]:
+    def boundaries(self, batch: PackedBatch) -> list[Boundary]:
         dtype = torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32
-        return [Boundary((batch.num_positions // layout.sequence_cut, self.config.prior.hidden), dtype)]
+        return [Boundary((self._share.rows(batch), self.config.prior.hidden), dtype)]
 
     def heldout(self) -> Iterator[tuple[str, PackedBatch]]:
         limit = self.config.eval.images
@@ -206,19 +265,21 @@ class PriorTask(Task[PackedBatch]):
         ):
             yield "", batch
 
-    def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
+    @cached_property
+    def description(self) -> dict[str, Any]:
         codec = read_weights_config(codec_folder(self.config))
-        latents = self._run / "latents" / "train"
-        content = {
+        return {
             "prior": self.config.prior.model_dump(mode="json"),
             "latent_channels": self._stats.mean.shape[0],
             "feature_channels": self._channels,
             "stats": self._stats.to_json(),
             "encoder_fingerprint": codec["encoder_fingerprint"],
-            "codec_fingerprint": Manifest.read(latents, "latent").fingerprint,
-            "step": step,
+            "codec_fingerprint": Manifest.read(self._run / "latents" / "train", "latent").fingerprint,
             "provenance": provenance(self.config, self.stage),
         }
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
+        content = {**self.description, "step": step}
         export_weights(folder, content, weights, lambda place: self._vocabulary.save(place / "vocabulary.json"))
 
     def draw(self, model: nn.Module) -> tuple[Image.Image, list[str]]:
@@ -232,6 +293,16 @@ class PriorTask(Task[PackedBatch]):
 def make_task(config: Config, stage: StageConfig) -> Task[Any]:
     """The task of a training stage."""
     return CodecTask(config, stage) if stage.kind == "codec" else PriorTask(config, stage)
+
+
+def part_of(prior: PriorConfig, vocabulary: int, latent_channels: int, feature_channels: int, mesh: Mesh) -> Part:
+    """The layers of this rank's pp_stages, such that the slowest pp_stage is as fast as can be."""
+    layout = mesh.layout
+    if layout.pp == 1:
+        return WHOLE
+    costs = estimate(prior, vocabulary, latent_channels, feature_channels)
+    mine = by_rank(split(costs, layout.pp_stages), layout.pp)[mesh.pp.rank]
+    return Part(mesh.pp.rank == 0, mesh.last_pp_stage, mine)
 
 
 def codec_folder(config: Config) -> Path:

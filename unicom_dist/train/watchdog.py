@@ -108,7 +108,7 @@ def last_collectives() -> list[str]:
     try:
         from torch._C import _distributed_c10d as c10d
 
-        record = json.loads(c10d._dump_fr_trace_json())
+        record = json.loads(c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
     except (ImportError, AttributeError, RuntimeError, ValueError):
         return []
     lines = []
