@@ -31,6 +31,14 @@ class Costs:
         """The same for every pp_stage."""
         return cls([forward] * pp_stages, [backward] * pp_stages, [weight] * pp_stages, message)
 
+    def duration(self, action: Action, pp_stage: int, splits: bool) -> float:
+        """Of one action; `splits`: the schedule has W actions."""
+        if action.kind == "F":
+            return self.forward[pp_stage]
+        if action.kind == "W":
+            return self.weight[pp_stage]
+        return self.backward[pp_stage] - (self.weight[pp_stage] if splits else 0.0)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -94,7 +102,7 @@ def simulate(actions: Actions, costs: Costs | None = None) -> Simulation:
                 start = spans[rank][-1].end if spans[rank] else 0.0
                 for source, end in map(finished.__getitem__, needs):
                     start = max(start, end + (costs.message if source != rank else 0.0))
-                end = start + _duration(action, pp_stage, costs, splits)
+                end = start + costs.duration(action, pp_stage, splits)
                 finished[action.kind, pp_stage, action.micro] = (rank, end)
                 spans[rank].append(Span(action, start, end))
                 progress = True
@@ -147,11 +155,3 @@ def _needs(action: Action, pp_stage: int, pp_stages: int) -> list[tuple[str, int
         "W": [("B", pp_stage)],
     }[action.kind]
     return [(kind, where, action.micro) for kind, where in needs if 0 <= where < pp_stages]
-
-
-def _duration(action: Action, pp_stage: int, costs: Costs, splits: bool) -> float:
-    if action.kind == "F":
-        return costs.forward[pp_stage]
-    if action.kind == "W":
-        return costs.weight[pp_stage]
-    return costs.backward[pp_stage] - (costs.weight[pp_stage] if splits else 0.0)
