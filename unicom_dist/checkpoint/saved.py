@@ -5,7 +5,7 @@ Equal cuts are read straight into place; differing ones by the rectangles they s
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from unicom_dist.checkpoint.overlap import shared
 from unicom_dist.checkpoint.tensorfile import TensorFile
 from unicom_dist.config.errors import CheckpointError
+from unicom_dist.config.layout import Layout
 from unicom_dist.parallel.engine import Buffers, Fragment, Piece
 from unicom_dist.parallel.mesh import Mesh
 
@@ -28,6 +29,11 @@ State = dict[str, Buffers]
 def rank_file(rank: int, world: int) -> str:
     """Name of a rank's file."""
     return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def layout_of(layout: Layout) -> dict[str, int]:
+    """What state.json says about the layout."""
+    return {**layout.sizes(), "zero_stage": layout.zero_stage}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -44,7 +50,7 @@ def latest(folder: Path) -> Path | None:
 class Checkpoint:
     """A complete checkpoint. CheckpointError when it is incomplete, foreign, or a file that is needed is damaged.
 
-    `state`: the content of state.json. `shapes`: of the tensors of the whole model, by name.
+    `state`: the content of state.json. `shapes`, `kinds`: of the tensors of the whole model, by name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,6 +75,7 @@ class Checkpoint:
                 "remove the folder to use the one before it",
                 DOCS,
             ) from None
+        self.all_kinds = list(dict.fromkeys(kind for kinds in self.kinds.values() for kind in kinds))
         self._open: dict[int, TensorFile] = {}
 
     def file(self, number: int) -> TensorFile:
@@ -105,6 +112,20 @@ class Checkpoint:
                 f"{self.path} holds {found} of {wanted.numel} values of {kind}/{wanted.name}",
                 "its state.json does not describe one whole model",
                 f"remove {self.path} to continue from the checkpoint before it",
+                DOCS,
+            )
+
+    def check(self, wanted: Mapping[str, tuple[int, ...]], further: Callable[[str], bool]) -> None:
+        """CheckpointError unless it holds tensors of these names and shapes, and no others but `further` ones."""
+        saved = {name: shape for name, shape in self.shapes.items() if name in wanted or not further(name)}
+        differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+        if differing:
+            first = differing[0]
+            has, needs = (list(shapes[first]) if first in shapes else "absent" for shapes in (saved, wanted))
+            raise CheckpointError(
+                f"{self.path} holds another model: {first}: {has} saved, {needs} configured",
+                f"{len(differing)} of {len(wanted)} parameters differ in name or shape",
+                "undo the change of the model's configuration, or choose another run_dir",
                 DOCS,
             )
 
@@ -146,8 +167,8 @@ def read_state(checkpoint: Path, fragments: list[Fragment], like: State, kinds: 
     A kind that a tensor lacks (the moments of one that was frozen) stays zero.
     CheckpointError when a tensor is missing or has another shape, or a file is damaged.
     """
-    saved, mine = Checkpoint(checkpoint), _shapes(fragments)
-    _refuse_another_model(checkpoint, {name: saved.shapes[name] for name in mine.keys() & saved.shapes.keys()}, mine)
+    saved = Checkpoint(checkpoint)
+    saved.check(_shapes(fragments), lambda name: True)
     result: State = {kind: [torch.zeros(b.shape, dtype=b.dtype) for b in like[kind]] for kind in kinds}
     for kind, buffers in result.items():
         for f in fragments:
@@ -156,20 +177,25 @@ def read_state(checkpoint: Path, fragments: list[Fragment], like: State, kinds: 
     return result
 
 
-def check_model(checkpoint: Path, fragments: list[Fragment], mesh: Mesh) -> None:
-    """CheckpointError unless the tensors are those of the whole model, no more and no less. Collective over pp."""
+def check_model(
+    checkpoint: Path, fragments: list[Fragment], mesh: Mesh, begins: Callable[[str], bool] = lambda name: False
+) -> None:
+    """CheckpointError unless the tensors are those of the whole model, no more and no less. Collective over pp.
+
+    `begins`: names of tensors that are not wanted, whether the checkpoint has them or not.
+    """
     parts = [_shapes(fragments)]
     if mesh.pp.size > 1:
         parts *= mesh.pp.size
         dist.all_gather_object(parts, parts[0], group=mesh.pp.group)
     wanted = {name: shape for part in parts for name, shape in part.items()}
-    _refuse_another_model(checkpoint, Checkpoint(checkpoint).shapes, wanted)
+    Checkpoint(checkpoint).check(wanted, begins)
 
 
 def read_rng(checkpoint: Path, mesh: Mesh) -> Tensor | None:
     """This rank's random state, when the checkpoint was written under the same layout; else None."""
     saved = Checkpoint(checkpoint)
-    if saved.state["layout"] != {**mesh.layout.sizes(), "zero_stage": mesh.layout.zero_stage}:
+    if saved.state["layout"] != layout_of(mesh.layout):
         return None
     file = saved.file(mesh.rank)
     return file.read("rng/torch") if "rng/torch" in file else None
@@ -177,19 +203,3 @@ def read_rng(checkpoint: Path, mesh: Mesh) -> Tensor | None:
 
 def _shapes(fragments: list[Fragment]) -> dict[str, tuple[int, ...]]:
     return {f.name: f.piece.shape for f in fragments}
-
-
-def _refuse_another_model(
-    checkpoint: Path, saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
-) -> None:
-    differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-    if not differing:
-        return
-    first = differing[0]
-    has, needs = (list(shapes[first]) if first in shapes else "absent" for shapes in (saved, wanted))
-    raise CheckpointError(
-        f"{checkpoint} holds another model: {first}: {has} saved, {needs} configured",
-        f"{len(differing)} of {len(wanted)} parameters differ in name or shape",
-        "undo the change of the model's configuration, or choose another run_dir",
-        DOCS,
-    )

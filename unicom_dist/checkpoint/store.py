@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from unicom_dist.checkpoint.saved import COMPLETE, DOCS, FORMAT, State, checkpoints, rank_file
+from unicom_dist.checkpoint.saved import COMPLETE, DOCS, FORMAT, State, checkpoints, layout_of, rank_file
 from unicom_dist.checkpoint.tensorfile import TensorFile, sync_folder, write_synced, write_tensors
 from unicom_dist.config.errors import CheckpointError
 from unicom_dist.parallel.engine import Buffers, Fragment
@@ -61,12 +61,13 @@ class CheckpointStore:
         mine = state if writes else {}
         self._check_space(sum(buffer.nbytes for buffers in mine.values() for buffer in buffers))
         self._stage(mine)
-        owned = [f for f in fragments if writes and f.piece.owner and (f.numel or not f.piece.numel)]
-        layout = {**self.mesh.layout.sizes(), "zero_stage": self.mesh.layout.zero_stage}
         # What `extra` refers to goes on changing, so it becomes text now.
-        text = json.dumps({"format": FORMAT, "step": step, "layout": layout, **extra})
+        text = json.dumps({"format": FORMAT, "step": step, "layout": layout_of(self.mesh.layout), **extra})
         self._thread = threading.Thread(
-            target=self._write, args=(step, owned, torch.get_rng_state(), text), name="checkpoint", daemon=True
+            target=self._write,
+            args=(step, owned(fragments) if writes else [], torch.get_rng_state(), text),
+            name="checkpoint",
+            daemon=True,
         )
         self._thread.start()
 
@@ -112,19 +113,19 @@ class CheckpointStore:
                 DOCS,
             )
 
-    def _write(self, step: int, owned: list[Fragment], rng: Tensor, state: str) -> None:
+    def _write(self, step: int, mine: list[Fragment], rng: Tensor, state: str) -> None:
         final = self.folder / f"step-{step:06d}"
         partial = self.folder / f".step-{step:06d}.{self._attempt}"
         tensors = {
             f"{kind}/{f.name}": buffers[f.group][f.start : f.start + f.numel]
             for kind, buffers in self._staging.items()
-            for f in owned
+            for f in mine
             if buffers[f.group].numel()
         }
         try:
             partial.mkdir(parents=True, exist_ok=True)
             name = rank_file(self.mesh.rank, self.mesh.world)
-            metadata = describe(owned, f"{step} {self._attempt}")
+            metadata = describe(mine, f"{step} {self._attempt}")
             write_tensors(partial / name, {**tensors, "rng/torch": rng}, metadata)
             (partial / f"{name}.done").touch()
             if self.mesh.rank == 0:
@@ -153,13 +154,18 @@ class CheckpointStore:
             path.unlink()
 
 
-def describe(owned: list[Fragment], save: str) -> dict[str, str]:
+def owned(fragments: list[Fragment]) -> list[Fragment]:
+    """Those that belong into this rank's file; empty tensors too, because they are part of the model."""
+    return [f for f in fragments if f.piece.owner and (f.numel or not f.piece.numel)]
+
+
+def describe(mine: list[Fragment], save: str) -> dict[str, str]:
     """Metadata of a rank's file: what its tensors are cuts of. `save` tells the files of one save from another's."""
     fragments = {}
-    for f in owned:
+    for f in mine:
         p = f.piece
         fragments[f.name] = [p.shape, p.dim, p.begin, p.cut[p.dim] if p.shape else -1, f.offset, f.numel]
-    if len(fragments) < len(owned):
+    if len(fragments) < len(mine):
         raise ValueError("a rank's file has room for one fragment of a tensor")
     return {"save": save, "fragments": json.dumps(fragments, separators=(",", ":"))}
 

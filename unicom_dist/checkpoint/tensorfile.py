@@ -79,10 +79,12 @@ class TensorFile:
     """A safetensors file opened for reading; the header alone is read at once. CheckpointError when it is damaged.
 
     `digest`: SHA-256 of the header, which names a file's content without reading it. `size`: bytes of the file.
+    `remedy`: what to do when it is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, remedy: str = "") -> None:
         self.path, self._descriptor = path, -1
+        self._remedy = remedy or f"remove {path.parent} to continue from the checkpoint before it"
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
             self.size = os.fstat(self._descriptor).st_size
@@ -114,12 +116,7 @@ class TensorFile:
 
     def damaged(self, reason: str) -> CheckpointError:
         """The error to raise for this file."""
-        return CheckpointError(
-            f"{self.path} cannot be read",
-            reason,
-            f"remove {self.path.parent} to continue from the checkpoint before it",
-            "docs/checkpoints.md",
-        )
+        return CheckpointError(f"{self.path} cannot be read", reason, self._remedy, "docs/checkpoints.md")
 
     def read(self, name: str) -> Tensor:
         """A whole tensor."""

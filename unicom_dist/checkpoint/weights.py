@@ -7,15 +7,14 @@ sample` and `unicom eval` read; checkpoints are for continuing a run only.
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unicom_dist.checkpoint.tensorfile import TensorFile, TensorWriter, write_synced
 from unicom_dist.config.errors import CheckpointError
 
 
@@ -28,31 +27,40 @@ def export_weights(
 ) -> None:
     """Write the folder; floating-point tensors are cast to `dtype`. `write_more(folder)` adds further files.
 
-    CheckpointError when it cannot be written.
+    Takes one tensor of the mapping at a time, so that those of a checkpoint (`Checkpoint.tensors`) need not fit in
+    memory together. CheckpointError when it cannot be written.
     """
+
+    def write(place: Path) -> None:
+        with TensorWriter(place / "model.safetensors", tensors.keys(), {"format": "pt"}) as writer:
+            for name, tensor in tensors.items():
+                writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        write_synced(place / "config.json", json.dumps(config, indent=2) + "\n")
+        if write_more is not None:
+            write_more(place)
+
+    replace_folder(folder, write)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder, then give it the name of `folder`. CheckpointError when it cannot be written."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        cast = {
-            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-            for name, tensor in tensors.items()
-        }
-        save_file(cast, str(temporary / "model.safetensors"), metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if write_more is not None:
-            write_more(temporary)
+        write(temporary)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
         raise CheckpointError(
             f"weights could not be exported to {folder}", str(error), "free space or make the folder writable"
         ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_weights_config(folder: Path) -> dict[str, Any]:
@@ -68,10 +76,20 @@ def read_weights_config(folder: Path) -> dict[str, Any]:
 
 def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) of an exported folder. CheckpointError when it is missing or damaged."""
-    config = read_weights_config(folder)
-    try:
-        return config, load_file(str(folder / "model.safetensors"))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}/model.safetensors cannot be read", str(error), "export again: unicom train RECIPE"
-        ) from None
+    return read_weights_config(folder), dict(StoredWeights(folder))
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of an exported folder, read when they are asked for. CheckpointError when the file is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = TensorFile(folder / "model.safetensors", "export again: unicom train RECIPE")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.names())
+
+    def __len__(self) -> int:
+        return len(self._file.names())

@@ -1,33 +1,101 @@
-"""`unicom convert`: weights from one form into another."""
+"""`unicom convert`: weights from one form into another, tensor by tensor."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from unicom_dist.cli.screen import logged, say
 from unicom_dist.config.errors import ConfigError
+from unicom_dist.config.layout import AXES, Layout
 
-app = typer.Typer(help="Turn a run into a model folder.", no_args_is_help=True)
+DOCS = "docs/checkpoints.md"
+app = typer.Typer(help="Turn runs, checkpoints and published weights into one another.", no_args_is_help=True)
 
 
 @app.callback()
 def group() -> None:
-    """Turn a run into a model folder."""
+    """Turn runs, checkpoints and published weights into one another."""
 
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model folder to write; must not exist.")],
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, a checkpoint or a model folder.")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write; must not exist.")],
     stage: Annotated[str, typer.Option(help="A prior stage other than the last finished one.")] = "",
+    weights: Annotated[Literal["ema", "raw"], typer.Option(help="Averaged, or as the optimizer left them.")] = "ema",
+    form: Annotated[
+        Literal["unicom", "qwen"], typer.Option("--format", help="A model folder, or the backbone as Qwen2.5.")
+    ] = "unicom",
 ) -> None:
-    """Write what a run has trained as one folder: averaged weights in bfloat16, vocabulary, latent statistics."""
-    if out.exists():
-        raise ConfigError(f"{out} exists", "a model folder is written whole, not into another", "name a new folder")
-    from unicom_dist.sample.pipeline import UniComPipeline
+    """Write what a run has trained as one folder in bfloat16: for `unicom sample`, or for transformers."""
+    _must_be_new(out)
+    from unicom_dist.sample.export import export as write
 
     with logged():
-        UniComPipeline.from_pretrained(run, stage=stage).save_pretrained(out)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    say(f"{out}: {size / 1e6:.1f} MB; draw with `unicom sample {out} PROMPT`")
+        write(source, out, stage, weights, form)
+    use = f"draw with `unicom sample {out} PROMPT`" if form == "unicom" else "load with transformers' from_pretrained"
+    say(f"{out}: {_megabytes(out)}; {use}")
+
+
+@app.command()
+def reshard(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder checkpoints/<stage>/step-….")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="The checkpoint to write; must not exist.")],
+    layout: Annotated[str, typer.Option(help="Sizes of the axes, such as tp=2,pp=2,dp=2; others are 1.")],
+    zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage of the new layout.")] = 3,
+) -> None:
+    """Rewrite a checkpoint as the ranks of another layout would write it. Loading it there does not need this."""
+    _must_be_new(out)
+    from unicom_dist.checkpoint.reshard import reshard as rewrite
+
+    with logged():
+        rewrite(checkpoint, out, _layout(layout, zero))
+    say(f"{out}: {_megabytes(out)}")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Published Qwen2.5 weights with their tokenizer.")],
+    out: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to write; must not exist.")],
+    base: Annotated[str, typer.Option(help="The recipe it changes.")] = "quickstart",
+) -> None:
+    """Write a recipe whose prior starts from published weights, after checking that they are whole.
+
+    Nothing is copied: training reads the published files, each rank its own part.
+    """
+    _must_be_new(out)
+    import yaml
+
+    from unicom_dist.config.load import find_recipe
+    from unicom_dist.models.published import prior_section
+
+    recipe = {"base": str(find_recipe(base).resolve()), "prior": prior_section(folder)}
+    out.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    say(f"{out}: train with `unicom train {out}`")
+
+
+def _must_be_new(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"{out} exists", "it is written whole, not into what is there", "name a new one", DOCS)
+
+
+def _layout(text: str, zero_stage: int) -> Layout:
+    """The layout that e.g. tp=2,pp=2 describes. ConfigError."""
+    found: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, value = item.strip().partition("=")
+        if name not in AXES or name in found or not value.isdecimal() or not int(value):
+            raise ConfigError(
+                f"--layout {text}: {item.strip()!r}",
+                f"an axis is one of {', '.join(AXES)}, named once, its size a positive number",
+                "--layout tp=2,pp=2,dp=2",
+                DOCS,
+            )
+        found[name] = int(value)
+    pp, dp, ulysses, tp = (found.get(axis, 1) for axis in AXES)
+    return Layout(dp, tp, pp, ulysses, zero_stage=zero_stage)
+
+
+def _megabytes(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB"

@@ -103,10 +103,18 @@ def load_codec(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     except (KeyError, ValidationError) as error:
         raise _foreign(folder, "a codec", error) from None
     fill(model, tensors, folder)
-    if "fingerprint" not in content:  # an exported model folder keeps it: its weights may be of another precision
-        producer = latent_producer(folder / "model.safetensors", content["encoder_fingerprint"])
-        content["fingerprint"] = fingerprint(producer)
-    return LoadedCodec(model.to(device, dtype).eval().requires_grad_(False), encoder, content)
+    return LoadedCodec(model.to(device, dtype).eval().requires_grad_(False), encoder, with_fingerprint(content, folder))
+
+
+def with_fingerprint(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """config.json of the codec in `folder` with the `fingerprint` of its latents, by which a prior is paired with it.
+
+    An exported model folder keeps it, because its weights may be of another precision.
+    """
+    if "fingerprint" in content:
+        return content
+    producer = latent_producer(folder / "model.safetensors", content["encoder_fingerprint"])
+    return {**content, "fingerprint": fingerprint(producer)}
 
 
 def load_prior(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedPrior:
@@ -176,7 +184,9 @@ def check_pair(codec: dict[str, Any], prior: dict[str, Any], folder: Path) -> No
             raise CheckpointError(
                 f"codec and prior in {folder} do not belong together",
                 f"{name}: {left} in the codec, {right} in the prior",
-                "take both from one run; after training the codec again, train the prior again on its latents",
+                "train a decoder for the prior's compressor: a codec stage with trainable: decoder after the joint stage"
+                if prior.get("joint") is not None
+                else "take both from one run; after training the codec again, train the prior again on its latents",
                 DOCS,
             )
 

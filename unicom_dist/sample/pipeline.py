@@ -6,9 +6,7 @@ batch.
 Shapes: P pictures, n latents of d channels.
 """
 
-import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,8 @@ from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.schema import EncoderConfig
 from unicom_dist.data.samples import Content, Layout, Layouts, collate, grid_positions
 from unicom_dist.models.codec import Codec
-from unicom_dist.sample.loading import (
-    MODEL_INDEX,
-    LoadedPrior,
-    check_pair,
-    default_grid,
-    find_parts,
-    load_codec,
-    load_prior,
-)
+from unicom_dist.sample.export import text_files, write_index
+from unicom_dist.sample.loading import LoadedPrior, check_pair, default_grid, find_parts, load_codec, load_prior
 from unicom_dist.sample.pictures import DOCS, Input, Latents, PictureCodec, features_tensor, seeds_for
 from unicom_dist.sample.solver import Solver, integrate, noise_from_seeds, time_grid
 
@@ -91,10 +82,9 @@ class UniComPipeline(PictureCodec):
                     DOCS,
                 )
             weights = dict(module.named_parameters())  # names tied weights once
-            export_weights(folder / name, content, weights, self._text_files() if name == "prior" else None, dtype)
-        encoder = self.encoder_config.model_dump(mode="json")
-        index = {"class": type(self).__name__, "parts": list(parts), "encoder": encoder}
-        (folder / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            more = text_files(self.prior.vocabulary, self.prior.tokenizer) if name == "prior" else None
+            export_weights(folder / name, content, weights, more, dtype)
+        write_index(folder, list(parts), self.encoder_config)
 
     @property
     def prior(self) -> LoadedPrior:
@@ -224,20 +214,6 @@ class UniComPipeline(PictureCodec):
                 "shorten it",
                 DOCS,
             )
-
-    def _text_files(self) -> Callable[[Path], None]:
-        """Writes the vocabulary, and the tokenizer that a full one only names, into the prior's folder."""
-
-        def write(folder: Path) -> None:
-            self.prior.vocabulary.save(folder / "vocabulary.json")
-            if self.prior.vocabulary.kind == "full":
-                (folder / "tokenizer").mkdir()
-                for name in ("tokenizer.json", "tokenizer_config.json"):
-                    source = self.prior.tokenizer / name
-                    if source.is_file():
-                        shutil.copyfile(source, folder / "tokenizer" / name)
-
-        return write
 
 
 def before_image(layout: Layout) -> Layout:

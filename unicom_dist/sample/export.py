@@ -1,0 +1,183 @@
+"""What a run has learnt as a folder for others: a model folder, or the backbone alone as a Qwen2.5 folder.
+
+Weights come from an exported stage or from any checkpoint, tensor by tensor: memory holds one of them.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from unicom_dist.checkpoint.huggingface import write_qwen
+from unicom_dist.checkpoint.saved import COMPLETE, Checkpoint, latest
+from unicom_dist.checkpoint.weights import StoredWeights, export_weights, read_weights_config, replace_folder
+from unicom_dist.config.errors import CheckpointError
+from unicom_dist.config.schema import EncoderConfig, PriorConfig
+from unicom_dist.data.text import Vocabulary
+from unicom_dist.sample.loading import MODEL_INDEX, check_pair, find_parts, with_fingerprint
+
+log = logging.getLogger(__name__)
+
+Weights = Literal["ema", "raw"]
+Format = Literal["unicom", "qwen"]
+DOCS = "docs/checkpoints.md"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A codec or a prior: the content of its config.json, its tensors by name, and where a prior's text files are."""
+
+    content: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    vocabulary: Path = Path()
+    tokenizer: Path = Path()
+
+    def text(self) -> Vocabulary:
+        """The prior's vocabulary. DataError when its files are missing or do not belong together."""
+        return Vocabulary.load(self.vocabulary, self.tokenizer)
+
+
+def export(source: Path, out: Path, stage: str = "", weights: Weights = "ema", form: Format = "unicom") -> None:
+    """Write the new folder `out` from a run directory, a checkpoint or a model folder.
+
+    stage: a prior stage of a run other than its last finished one. weights: averaged, or as the optimizer left them.
+    CheckpointError: incomplete, foreign or damaged source, or it does not hold what is asked for.
+    """
+    parts = checkpoint_parts(source, weights) if is_checkpoint(source) else exported_parts(source, stage, weights)
+    if form == "unicom":
+        replace_folder(out, lambda place: write_model(place, parts))
+    else:
+        replace_folder(out, lambda place: write_backbone(place, parts, source))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is meant as a checkpoint, complete or not."""
+    return (path / "state.json").is_file() or (path / COMPLETE).is_file() or any(path.glob("rank-*.safetensors"))
+
+
+def checkpoint_parts(path: Path, weights: Weights) -> dict[str, Stored]:
+    """The model that a checkpoint in a run directory is of; a prior comes with the run's finished codec."""
+    saved = Checkpoint(path)
+    content = {**saved.state.get("model", {}), "step": saved.step}
+    part = Stored(content, saved.tensors("weight" if weights == "raw" else "ema"))
+    if "codec" in content:
+        return {"codec": part}
+    run = path.resolve().parents[2]
+    prior = Stored(content, part.tensors, run / "vocabulary.json", tokenizer_of(content, path))
+    return {"codec": exported(find_parts(run).codec), "prior": prior}
+
+
+def exported_parts(folder: Path, stage: str, weights: Weights) -> dict[str, Stored]:
+    """The finished stages of a run directory, or the parts of a model folder."""
+    found = find_parts(folder, stage)
+    parts = {"codec": exported(found.codec)}
+    if found.prior is not None:
+        parts["prior"] = exported(found.prior)
+    if weights == "raw":
+        last = found.prior or found.codec
+        checkpoint = latest(folder / "checkpoints" / last.name)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{folder} has no checkpoint of {last.name!r}",
+                "exported weights are averages; those the optimizer left are in checkpoints alone",
+                "--weights ema, or name a checkpoint",
+                DOCS,
+            )
+        parts |= {name: part for name, part in checkpoint_parts(checkpoint, weights).items() if name == list(parts)[-1]}
+    return parts
+
+
+def exported(folder: Path) -> Stored:
+    """A folder as `export_weights` writes it."""
+    content = read_weights_config(folder)
+    if "prior" not in content:
+        return Stored(with_fingerprint(content, folder), StoredWeights(folder))
+    own = folder / "tokenizer"
+    tokenizer = own if own.is_dir() else tokenizer_of(content, folder)
+    return Stored(content, StoredWeights(folder), folder / "vocabulary.json", tokenizer)
+
+
+def tokenizer_of(content: dict[str, Any], source: Path) -> Path:
+    """The folder of the tokenizer that a prior was trained with. CheckpointError when `content` is not a prior's."""
+    return Path(prior_config(content, source).tokenizer)
+
+
+def prior_config(content: dict[str, Any], source: Path) -> PriorConfig:
+    """The prior's section of the recipe. CheckpointError when `content` does not describe one."""
+    try:
+        return PriorConfig.model_validate(content["prior"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(
+            f"{source} does not say which model its weights are of",
+            " ".join(f"{type(error).__name__}: {error}".splitlines()[:3]),
+            "name a checkpoint or run that this version of `unicom train` wrote",
+            DOCS,
+        ) from None
+
+
+def write_model(folder: Path, parts: Mapping[str, Stored]) -> None:
+    """A model folder as `UniComPipeline.from_pretrained` reads it. CheckpointError when its parts do not fit."""
+    if "prior" in parts:
+        check_pair(parts["codec"].content, parts["prior"].content, folder)
+    for name, part in parts.items():
+        more = text_files(part.text(), part.tokenizer) if name == "prior" else None
+        export_weights(folder / name, part.content, part.tensors, more)
+    write_index(folder, list(parts), EncoderConfig.model_validate(parts["codec"].content["encoder"]))
+
+
+def write_backbone(folder: Path, parts: Mapping[str, Stored], source: Path) -> None:
+    """The prior's backbone and tokenizer as a Qwen2.5 folder. CheckpointError when there is no prior."""
+    if "prior" not in parts:
+        raise CheckpointError(
+            f"{source} has no prior",
+            "the backbone is a part of it",
+            "let the training reach the end of a prior stage, or name one of its checkpoints",
+            DOCS,
+        )
+    prior = parts["prior"]
+    vocabulary = prior.text()
+    special = {
+        "bos_token_id": vocabulary.control["<|endoftext|>"],
+        "eos_token_id": vocabulary.control["<|im_end|>"],
+    }
+    write_qwen(folder, prior_config(prior.content, source), prior.tensors, special)
+    if vocabulary.kind == "full":
+        copy_tokenizer(prior.tokenizer, folder)
+    else:
+        vocabulary.save(folder / "vocabulary.json")
+        log.warning(
+            "the vocabulary is trimmed, which no Hugging Face tokenizer can express: %s has the rows' texts instead",
+            "vocabulary.json",
+        )
+
+
+def text_files(vocabulary: Vocabulary, tokenizer: Path) -> Callable[[Path], None]:
+    """Writes the vocabulary, and the tokenizer that a full one only names, into a prior's folder."""
+
+    def write(folder: Path) -> None:
+        vocabulary.save(folder / "vocabulary.json")
+        if vocabulary.kind == "full":
+            (folder / "tokenizer").mkdir()
+            copy_tokenizer(tokenizer, folder / "tokenizer")
+
+    return write
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The files of a tokenizer that are there."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_index(folder: Path, parts: list[str], encoder: EncoderConfig) -> None:
+    """model_index.json, which makes a folder a model folder."""
+    index = {"class": "UniComPipeline", "parts": parts, "encoder": encoder.model_dump(mode="json")}
+    (folder / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
