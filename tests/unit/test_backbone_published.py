@@ -13,7 +13,8 @@ from unicom_dist.data.loader import build_vocabulary
 from unicom_dist.data.samples import Content, Layouts, collate
 from unicom_dist.data.text import Tokenizer, Vocabulary
 from unicom_dist.models.backbone import Qwen2
-from unicom_dist.models.published import load_published, table_rows
+from unicom_dist.models.init import fill
+from unicom_dist.models.published import published_source, table_rows
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 
@@ -51,7 +52,7 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Qwe
 def test_every_weight_arrives(published: tuple[Path, Qwen2, bool]) -> None:
     folder, original, tied = published
     loaded = Qwen2(config(folder, tied), ROWS - 3, seed=1)
-    load_published(loaded, config(folder, tied), range(ROWS - 3))
+    fill(loaded, published_source(config(folder, tied), range(ROWS - 3)))
     for name, parameter in loaded.named_parameters():
         expected = original.get_parameter(name).float()
         assert torch.equal(parameter, expected[: len(parameter)]), name
@@ -60,7 +61,7 @@ def test_every_weight_arrives(published: tuple[Path, Qwen2, bool]) -> None:
 def test_a_trimmed_vocabulary_takes_its_own_rows(published: tuple[Path, Qwen2, bool]) -> None:
     folder, original, tied = published
     loaded = Qwen2(config(folder, tied), 3, seed=1)
-    load_published(loaded, config(folder, tied), [30, 2, 11])
+    fill(loaded, published_source(config(folder, tied), [30, 2, 11]))
     assert torch.equal(loaded.lm_head.weight, original.lm_head.weight.float()[[30, 2, 11]])
     assert torch.equal(loaded.model.embed_tokens.weight, original.model.embed_tokens.weight.float()[[30, 2, 11]])
 
@@ -69,7 +70,7 @@ def test_another_architecture_is_named_with_what_would_fit(published: tuple[Path
     folder, _, tied = published
     other = config(folder, tied).model_copy(update={"layers": 3, "ffn": 32})
     with pytest.raises(ConfigError, match=r"layers = 3, ffn = 32") as raised:
-        load_published(Qwen2(other, ROWS), other, range(ROWS))
+        fill(Qwen2(other, ROWS), published_source(other, range(ROWS)))
     assert raised.value.remedy == "prior.layers=2 prior.ffn=24"
 
 
@@ -102,7 +103,7 @@ def test_first_loss_of_a_full_vocabulary_is_transformers(tmp_path: Path, tied: b
     vocabulary.save(tmp_path / "vocabulary.json")
     assert Vocabulary.load(tmp_path / "vocabulary.json", recipe.prior.tokenizer).size == rows
     ours = Transfusion(recipe.prior, vocabulary.size, latent_channels=4, feature_channels=6, seed=1)
-    load_published(ours.backbone, recipe.prior, vocabulary.source_ids)
+    fill(ours.backbone, published_source(recipe.prior, vocabulary.source_ids))
     batch = collate([Content("", Layouts(vocabulary).text("a red circle: red, circle", 64))], 4, 6)
     with torch.no_grad():
         logits = theirs(batch.token_ids[None]).logits[0, batch.label_index]
@@ -124,15 +125,15 @@ def test_incomplete_damaged_or_foreign_folders_are_refused(published: tuple[Path
     folder, _, tied = published
     network, shape = Qwen2(config(folder, tied), ROWS), config(folder, tied)
     with pytest.raises(CheckpointError, match="needs row 40"):
-        load_published(network, shape, [40])
+        fill(network, published_source(shape, [40]))
     last = folder / "model-00002-of-00002.safetensors"
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="cannot read"):
-        load_published(network, shape, range(ROWS))
+        fill(network, published_source(shape, range(ROWS)))
     last.unlink()
     with pytest.raises(CheckpointError, match="lacks"):
-        load_published(network, shape, range(ROWS))
+        fill(network, published_source(shape, range(ROWS)))
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no readable config\.json"):
-        load_published(network, shape, range(ROWS))
+        fill(network, published_source(shape, range(ROWS)))

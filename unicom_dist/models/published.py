@@ -17,7 +17,7 @@ from torch import Tensor
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models.backbone import Qwen2
-from unicom_dist.models.init import Source, fill
+from unicom_dist.models.init import Source
 from unicom_dist.parallel.engine import Piece
 
 # Our field, the published key, and what the architecture says where the key is missing.
@@ -70,11 +70,6 @@ def published_source(config: PriorConfig, source_ids: Sequence[int]) -> Source:
             return values
 
     return read
-
-
-def load_published(backbone: Qwen2, config: PriorConfig, source_ids: Sequence[int]) -> None:
-    """Fill `backbone`, or this rank's share of it, as `published_source` says."""
-    fill(backbone, published_source(config, source_ids))
 
 
 def _as_slice(rows: list[int]) -> slice | list[int]:
@@ -170,13 +165,8 @@ def prior_section(folder: Path) -> dict[str, Any]:
         ) from None
     stored: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"cannot read {path}", str(error).splitlines()[0], "fetch the file again", DOCS
-            ) from None
+        with _readable(path), safe_open(path, framework="pt") as file:
+            stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     wrong = sorted(name for name, shape in wanted.items() if stored.get(name) != shape)
     if wrong:

@@ -35,6 +35,9 @@ def import_megatron() -> Any:
         raise PreflightError(
             f"megatron-core lacks parallel_state.{missing[0]}", "the adapter was written for another version", _INSTALL
         )
+    # Its advice to set CUDA_DEVICE_MAX_CONNECTIONS=1 would queue ZeRO-3's gathers behind the computation.
+    functions = importlib.import_module("megatron.core.tensor_parallel.layers")
+    functions.linear_with_grad_accumulation_and_async_allreduce.warned = True
     if state._GLOBAL_MEMORY_BUFFER is None:
         state._set_global_memory_buffer()
     if not torch.cuda.is_available():
