@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from unicom_dist.config.errors import PreflightError
+from unicom_dist.config.errors import ConfigError, PreflightError
+from unicom_dist.config.layout import DOCS
 from unicom_dist.parallel.mesh import Mesh
 
 VERSIONS = "pip install 'deepspeed>=0.19.8,<0.20'"
-DOCS = "docs/parallelism.md"
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -82,6 +82,25 @@ class OrderCheck:
 
 
 ORDER = OrderCheck()
+
+
+def check_settings(deepspeed: Any, settings: dict[str, Any], groups: "Groups") -> None:
+    """ConfigError when DeepSpeed does not accept `settings`; PreflightError when it cannot reach NVMe here."""
+    try:
+        deepspeed.DeepSpeedConfig(settings, groups)
+    except (AssertionError, ValueError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's are ValueErrors
+        why = "DeepSpeed refuses it: " + " ".join(str(error).split())
+        raise ConfigError("deepspeed.extra", why, "correct or remove the key", DOCS) from error
+    if settings["zero_optimization"].get("offload_param", {}).get("device") != "nvme":
+        return
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("AsyncIOBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        raise PreflightError(
+            "parallel.offload = nvme",
+            "DeepSpeed reads and writes NVMe by asynchronous I/O that it compiles, and libaio was not found",
+            "apt install libaio-dev (or name it in CFLAGS and LDFLAGS), or parallel.offload = cpu",
+            DOCS,
+        )
 
 
 def scope_order_check(deepspeed: Any) -> None:

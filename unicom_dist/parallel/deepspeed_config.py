@@ -4,6 +4,8 @@ ZeRO++ is reached through `extra`: `{zero_optimization: {zero_hpz_partition_size
 weights within groups of 8 neighbouring ranks, from which backward passes gather; `zero_quantized_weights` and
 `zero_quantized_gradients` send 8 and 4 bits (CUDA only, and not exact). `{communication_data_type: bf16}` halves the
 bytes of the gradient reduction.
+With `parallel.offload: nvme` the low-precision weights are there and the optimizer's state in host memory, as with
+`cpu`: averaging and checkpoints read it.
 """
 
 import difflib
@@ -42,10 +44,11 @@ OURS = {  # keys that the engine relies on: why, and what to set instead
         "the norm is taken over all ranks of all axes, which DeepSpeed does not know",
         "stages.NAME.clip",
     ),
-    "optimizer": ("it is AdamW, whatever the engine", "stages.NAME.weight_decay, betas and eps"),
+    "optimizer": ("every engine has AdamW", "stages.NAME.weight_decay, betas and eps"),
     "scheduler": ("the learning rate is given at every step", "stages.NAME.lr, schedule and warmup"),
     **dict.fromkeys(
-        ("bf16", "fp16", "data_types", "torch_autocast"), ("float32 is kept and averaged", "stages.NAME.precision")
+        ("bf16", "fp16", "data_types", "torch_autocast"),
+        ("the engine keeps float32 weights and gradients beside one low precision", "stages.NAME.precision"),
     ),
     **dict.fromkeys(("tensor_parallel", "sequence_parallel_size", "pipeline"), _AXES),
     "zero_optimization.stage": ("another engine goes with another stage", "parallel.zero_stage"),
@@ -90,12 +93,11 @@ def deepspeed_config(
         zero["use_multi_rank_bucket_allreduce"] = False  # each part to its owner, not all to all: half the bytes
         zero["compute_grad_norm"] = offload != "none"  # not ours to forbid there
     if offload != "none":
-        where: dict[str, Any] = {"device": offload, "pin_memory": True}
-        if offload == "nvme":
-            where["nvme_path"] = parallel.nvme_path
-        zero["offload_optimizer"] = where
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         if stage == 3:
-            zero["offload_param"] = dict(where)
+            zero["offload_param"] = {"device": offload, "pin_memory": True}
+            if offload == "nvme":
+                zero["offload_param"]["nvme_path"] = parallel.nvme_path
     check_extra(extra or {}, layout)
     return merged(settings, extra or {})
 

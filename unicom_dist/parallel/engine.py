@@ -130,9 +130,9 @@ class Engine(Protocol):
         """Around all forwards and backwards of one step; gradients are reduced once, at its end. Collective over dp."""
 
     def backward(self, roots: Root | Sequence[Root], gradients: Gradients = None) -> None:
-        """Add the gradients of scalar losses, and of an inner pp_stage's outputs given those with respect to the outputs.
+        """As `torch.autograd.backward`: of scalar losses, or of an inner pp_stage's outputs with their `gradients`.
 
-        As `torch.autograd.backward`. The engine averages over `mesh.zero`.
+        Gradients of the weights add up; the engine averages them over `mesh.zero`.
         """
 
     def step(self, lr: float) -> float:

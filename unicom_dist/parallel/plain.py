@@ -2,7 +2,7 @@
 
 All parameters of a group share one flat buffer (the module's parameters are views of it), so a step is a handful of
 operations whatever the number of parameters. In bfloat16 the module sees a bfloat16 copy of the float32 master weights.
-torch's fused AdamW kernel is called directly: a `torch.optim` object imports the compiler (more than a second of CPU).
+AdamW is torch's function: an optimizer object would import the compiler, more than a second of CPU at every start.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from unicom_dist.parallel.engine import (
     Buffers,
@@ -40,7 +41,7 @@ class PlainEngine:
         self._grad: Buffers = []  # float32, trained groups only
         self._low_grad: Buffers = []
         self._moments: dict[str, Buffers] = {"exp_avg": [], "exp_avg_sq": []}
-        self._steps = [torch.zeros((), device=mesh.device)]  # one tensor of the kernel's, shared by the groups
+        self._steps: Buffers = []  # of each trained group, as AdamW counts them
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         for number, named in enumerate(decay_groups(module)):
             master, low = self._flatten(named, number, dtype)
@@ -51,6 +52,7 @@ class PlainEngine:
                 buffers.append(torch.zeros_like(master) if trained else master.new_empty(0))
             if not trained:
                 continue
+            self._steps.append(torch.zeros((), device=mesh.device))
             low_grad = torch.zeros_like(low)
             self._low_grad.append(low_grad)
             self._grad.append(low_grad if low is master else torch.zeros_like(master))
@@ -122,22 +124,22 @@ class PlainEngine:
     @torch.no_grad()
     def _update(self, lr: float) -> None:
         """AdamW (Loshchilov and Hutter 2019), decay on the matrices only."""
-        self._steps[0] += 1
         beta1, beta2 = self.config.betas
         for number, grad in enumerate(self._grad):
-            torch._fused_adamw_(
+            adamw(
                 [self._master[number]],
                 [grad],
                 [self._moments["exp_avg"][number]],
                 [self._moments["exp_avg_sq"][number]],
                 [],
-                self._steps,
-                lr=lr,
+                [self._steps[number]],
+                fused=True,
+                amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,
+                lr=lr,
                 weight_decay=self.config.weight_decay if number == 0 else 0.0,
                 eps=self.config.eps,
-                amsgrad=False,
                 maximize=False,
             )
 
@@ -159,7 +161,8 @@ class PlainEngine:
                         buffer.copy_(state[kind][number])
                     else:
                         buffer.zero_()
-            self._steps[0].fill_(steps_done)
+            for steps in self._steps:
+                steps.fill_(steps_done)
         self.steps_done = steps_done
         self._refresh()
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unicom_dist.config.errors import NonFiniteError, PreflightError
-from unicom_dist.parallel.deepspeed_adapter import ORDER, Groups, backward_pass, import_deepspeed
+from unicom_dist.parallel.deepspeed_adapter import ORDER, Groups, backward_pass, check_settings, import_deepspeed
 from unicom_dist.parallel.engine import Buffers, Gradients, OptimizerConfig, Root, check_finite
 from unicom_dist.parallel.gradients import Finish
-from unicom_dist.parallel.kernels import adamw
+from unicom_dist.parallel.kernels import Kernels, adamw
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.zero_shards import GroupShards, Initial, ParameterShards
 
@@ -56,17 +56,15 @@ class ZeroEngine:
         kind = ParameterShards if self._stage == 3 else GroupShards
         self._shards = kind(module, config, mesh)
         groups = Groups(mesh)
+        check_settings(deepspeed, settings, groups)
         with contextlib.redirect_stdout(io.StringIO()):
             self._shards.prepare(deepspeed, settings, groups, initial)
-            optimizer = adamw(
-                [
-                    {"params": [p for _, p in named], "weight_decay": config.weight_decay * decayed}
-                    for named, decayed in zip(self._shards.trained, self._shards.decayed, strict=True)
-                ],
-                config.betas,
-                config.eps,
-                config.kernels,
-            )
+            parameters = [
+                {"params": [p for _, p in named], "weight_decay": config.weight_decay * decayed}
+                for named, decayed in zip(self._shards.trained, self._shards.decayed, strict=True)
+            ]
+            on_host = "offload_optimizer" in settings["zero_optimization"]  # where apex has no kernel
+            optimizer = adamw(parameters, config.betas, config.eps, Kernels() if on_host else config.kernels)
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=groups)
         self._zero = self._engine.optimizer
         self._shards.attach(deepspeed, self._zero)
@@ -143,6 +141,8 @@ class ZeroEngine:
                     buffer.zero_()
         for flat in self._shards.masters:
             self._moments(flat)["step"].fill_(steps_done)
+        for group in self._zero.optimizer.param_groups:
+            group["step"] = steps_done  # apex's AdamW counts here
         self.steps_done = steps_done
         self._shards.load(self._shards.weights())
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from unicom_dist.config.errors import ConfigError
+from unicom_dist.config.layout import DOCS
 from unicom_dist.parallel.deepspeed_adapter import Groups, other_version
 from unicom_dist.parallel.engine import Buffers, Fragment, OptimizerConfig, decay_groups, fragments_of, pieces_of
 from unicom_dist.parallel.mesh import Mesh
@@ -82,6 +84,8 @@ class Shards:
     def _finish(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Fragments from places, and master weights from the float32 values that DeepSpeed rounded."""
         weights = self.weights()
+        for buffer in weights:
+            buffer.zero_()  # DeepSpeed leaves what it pads with as it finds it
         for name, p in [named for group in [*self.trained, self.frozen] for named in group]:
             place = self.places[name]
             pieces = pieces_of(name, p, shapes[name])
@@ -106,6 +110,13 @@ class ParameterShards(Shards):
 
     def prepare(self, deepspeed: Any, settings: dict[str, Any], groups: Groups, initial: Initial | None) -> None:
         """Give one parameter after the other its values and split it. Collective over `mesh.zero`."""
+        if self.frozen and settings["zero_optimization"].get("offload_param", {}).get("device") == "nvme":
+            raise ConfigError(
+                "parallel.offload = nvme with frozen weights",
+                "DeepSpeed has no way to set a weight that is on NVMe and that no optimizer updates",
+                "parallel.offload = cpu, or train all weights",
+                DOCS,
+            )
         first: Any = None
         for name, parameter in self.module.named_parameters():
             p: Any = parameter
