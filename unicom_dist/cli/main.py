@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from unicom_dist import __version__
-from unicom_dist.cli import config, convert, data, doctor, evaluate, features, latents, report, sample, train
+from unicom_dist.cli import config, convert, data, doctor, evaluate, features, latents, plan, report, sample, train
 from unicom_dist.cli.failure import guarded
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(features.app, name="features")
 app.add_typer(latents.app, name="latents")
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("eval")(evaluate.evaluate)

@@ -20,8 +20,7 @@ from unicom_dist.config.schema import KernelsConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-APEX = "https://github.com/NVIDIA/apex: pip install -v --no-build-isolation --config-settings"
-BUILD = f"build NVIDIA's from {APEX} '--build-option=--cpp_ext --cuda_ext' ."
+BUILD = "build NVIDIA's from its source, https://github.com/NVIDIA/apex, with --cpp_ext --cuda_ext"
 FASTER = frozenset(
     {"flex_attention"}
 )  # a dense mask costs the square of a row; block-sparse kernels skip what is hidden
@@ -88,7 +87,8 @@ def _apex(cuda: bool) -> Iterator[Found]:
     )
     for option, title, extension in parts:
         if nvidia is None:
-            yield Found(option, title, False, "NVIDIA apex is not installed; torch's own kernels are used", BUILD)
+            absent = "NVIDIA apex is not installed; torch's own kernels are used"
+            yield Found(option, title, False, absent, BUILD if cuda else "")
         elif not nvidia:
             other = "the package apex that is installed is another project, not NVIDIA's"
             yield Found(option, title, False, other, f"pip uninstall apex, then {BUILD}")
