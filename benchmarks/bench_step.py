@@ -42,7 +42,7 @@ from unicom_dist.train.ema import Ema
 from unicom_dist.train.execution import Execution
 from unicom_dist.train.loop import Run, make_engine, train_step
 from unicom_dist.train.signals import StopRequest
-from unicom_dist.train.stages import make_task
+from unicom_dist.train.tasks import make_task
 from unicom_dist.train.watchdog import Watchdog
 
 LATENT_CHANNELS, FEATURE_CHANNELS = 4, 12

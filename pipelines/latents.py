@@ -148,8 +148,9 @@ def run(config: Config) -> list[Manifest]:
     PreflightError: as for features. The run's metrics say when the recipe's latents stage was worked on and done.
     """
     run_dir = Path(config.run_dir)
-    stage = next((stage.name for stage in reversed(config.stages) if stage.kind == "codec"), "codec")
-    codec, target = run_dir / "weights" / stage, run_dir / "latents"
+    stage = next((stage for stage in config.stages if stage.kind == "latents"), None)
+    name = config.codec_before(stage) if stage else ""
+    codec, target = run_dir / "weights" / (name or "codec"), run_dir / "latents"
     settings = _codec_config(codec)
     data = Path(config.data.path)
     sets = part_sets(data, SETS, config.encoder.kind, PART, target)

@@ -16,7 +16,7 @@ from unicom_dist.testing.distributed import run_ranks
 from unicom_dist.train.loop import start_run, train_stage
 from unicom_dist.train.pipeline import prepare_vocabulary
 from unicom_dist.train.signals import StopRequest
-from unicom_dist.train.stages import codec_folder, make_task
+from unicom_dist.train.tasks import make_task
 from unicom_dist.train.watchdog import Watchdog
 
 STEPS = {"codec": {"steps": 6}, "sft": {"steps": 6, "mixture": {"text": 1, "text_to_image": 1, "image_to_text": 1}}}
@@ -46,9 +46,10 @@ def configure(folder: Path, stage: str, zero_stage: int, nproc: int):
     config = config.model_copy(update={"stages": kept})
     write_stats(config)
     prepare_vocabulary(config)
-    if stage != "codec" and not codec_folder(config).exists():
+    codec = Path(config.run_dir) / "weights" / "codec"
+    if stage != "codec" and not codec.exists():
         task = make_task(config, config.stage("codec"))
-        task.export(codec_folder(config), dict(task.build(Mesh(0, 1, torch.device("cpu"))).named_parameters()), 0)
+        task.export(codec, dict(task.build(Mesh(0, 1, torch.device("cpu"))).named_parameters()), 0)
     return config
 
 

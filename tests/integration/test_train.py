@@ -87,7 +87,7 @@ def test_a_second_start_skips_what_is_finished(finished):
 
 def test_connector_stage_moves_no_weight_of_the_backbone(finished):
     config, _ = finished
-    from unicom_dist.train.stages import make_task
+    from unicom_dist.train.tasks import make_task
 
     task = make_task(config, config.stage("alignment"))
     before = dict(task.build(Mesh(0, 1, torch.device("cpu"))).named_parameters())

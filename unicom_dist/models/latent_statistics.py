@@ -4,6 +4,7 @@ Shapes: N latents of d channels.
 """
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +37,17 @@ class Moments:
         return int(self.flat[0])
 
     def mean(self) -> Tensor:
-        """[d] float64."""
-        d = self._center.shape[0]
-        return self._center.to(self.flat) + self.flat[1 : 1 + d] / self.flat[0]
+        """[d] float64; of no rows, the center."""
+        return self._center.to(self.flat) + self._first()
 
     def covariance(self) -> Tensor:
-        """[d, d] float64, about the mean."""
+        """[d, d] float64, about the mean; of no rows, zero."""
         d = self._center.shape[0]
-        first = self.flat[1 : 1 + d] / self.flat[0]
-        return self.flat[1 + d :].view(d, d) / self.flat[0] - first[:, None] * first
+        first = self._first()
+        return self.flat[1 + d :].view(d, d) / self.flat[0].clamp_min(1) - first[:, None] * first
+
+    def _first(self) -> Tensor:
+        return self.flat[1 : 1 + self._center.shape[0]] / self.flat[0].clamp_min(1)
 
 
 def effective_rank(covariance: Tensor) -> float:
@@ -75,8 +78,8 @@ class LatentStatistics(nn.Module):
         self.momentum = momentum
         self.register_buffer("mean", start.mean.float().clone(), persistent=False)
         self.register_buffer("var", start.std.float().square(), persistent=False)
-        self._center = start.mean
-        self.step, self.window = Moments(start.mean), Moments(start.mean)
+        self._center = start.mean.float()
+        self.step, self.window = Moments(self._center), Moments(self._center)
 
     @property
     def std(self) -> Tensor:
@@ -89,25 +92,32 @@ class LatentStatistics(nn.Module):
 
     def stats(self) -> LatentStats:
         """As they are now, on the CPU."""
-        return LatentStats(self.mean.detach().float().cpu(), self.std.detach().float().cpu())
+        return LatentStats(self.mean.detach().cpu().clone(), self.std.detach().cpu())
+
+    def state(self) -> dict[str, list[float]]:
+        """Plain lists, exact, for checkpoints."""
+        return {"mean": self.mean.tolist(), "var": self.var.tolist()}
+
+    def load_state(self, state: Mapping[str, list[float]]) -> None:
+        """The inverse of `state`."""
+        self.mean.copy_(torch.tensor(state["mean"]))
+        self.var.copy_(torch.tensor(state["var"]))
 
     @torch.no_grad()
-    def update(self, step: Moments) -> None:
-        """Mix in the rows of a step (of all replicas) and start the next. Steps without images change nothing."""
-        if step.flat[0] > 0:
-            m = self.momentum
-            shift = step.mean() - self.mean
-            spread = step.covariance().diagonal()
-            self.var.copy_((1 - m) * self.var + m * spread + m * (1 - m) * shift.square())
-            self.mean.copy_(self.mean + m * shift)
+    def update(self, everyone: Callable[[Tensor], Tensor]) -> None:
+        """Mix in the step's rows, summed over the replicas by `everyone` (in place); without any, nothing changes.
 
-    def take_step(self) -> Moments:
-        """What this replica saw since the last call."""
+        Collective over the replicas. No synchronisation with the host.
+        """
         step, self.step = self.step, Moments(self._center)
+        step.flat = everyone(step.flat.to(self.mean.device))
+        m = self.momentum * (step.flat[0] > 0)
+        shift = step.mean() - self.mean
+        self.var.copy_((1 - m) * self.var + m * step.covariance().diagonal() + m * (1 - m) * shift.square())
+        self.mean.copy_(self.mean + m * shift)
         self.window.flat = self.window.flat.to(step.flat.device) + step.flat
-        return step
 
     def take_window(self) -> Moments:
-        """What this replica saw in the steps since the last call."""
+        """The rows of all replicas in the steps since the last call."""
         window, self.window = self.window, Moments(self._center)
         return window

@@ -184,7 +184,7 @@ def check_pair(codec: dict[str, Any], prior: dict[str, Any], folder: Path) -> No
             raise CheckpointError(
                 f"codec and prior in {folder} do not belong together",
                 f"{name}: {left} in the codec, {right} in the prior",
-                "train a decoder for the prior's compressor: a codec stage with trainable: decoder after the joint stage"
+                "train a decoder for the prior's compressor: a codec stage with trainable: decoder after the joint one"
                 if prior.get("joint") is not None
                 else "take both from one run; after training the codec again, train the prior again on its latents",
                 DOCS,

@@ -7,7 +7,7 @@ Ref: Chowdhery et al. 2022 (PaLM), appendix B, for model FLOPs utilisation.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +90,17 @@ def codec_flops(codec: Codec, batch: CodecBatch) -> int:
     alone = sum(n**2 for n in lengths)
     widths = sum(int(module.query_bias.numel()) for module in codec.modules() if isinstance(module, Projection))
     return total + 12 * (joint * (decoder.double_blocks + decoder.single_blocks) + alone * widths)
+
+
+def token_flops(modules: Iterable[nn.Module], lengths: Sequence[int]) -> int:
+    """Operations of forward and backward of compressors and their like over images of so many tokens.
+
+    6 per weight and token, 12 per channel and pair of tokens in attention.
+    """
+    parts = [part for module in modules for part in module.modules()]
+    weights = sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
+    widths = sum(part.query_bias.numel() for part in parts if isinstance(part, Projection))
+    return 6 * weights * sum(lengths) + 12 * widths * sum(n**2 for n in lengths)
 
 
 def _rows_of(name: str) -> str:

@@ -33,7 +33,8 @@ from unicom_dist.train.ema import Ema
 from unicom_dist.train.execution import Execution
 from unicom_dist.train.schedule import learning_rate
 from unicom_dist.train.signals import StopRequest
-from unicom_dist.train.stages import Task, make_task
+from unicom_dist.train.stages import Task
+from unicom_dist.train.tasks import make_task
 from unicom_dist.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def train_step(run: Run, observer: Observer) -> bool:
             keep_keys(run, batches)
             raise
         run.ema.update()
+        run.task.after_step(run.mesh)
     run.step += 1
     observer.step_done(counts, amounts, lr, norm, waited, time.perf_counter() - began)
     return stopping
@@ -158,9 +160,7 @@ def start_run(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest,
     checkpoint = mesh.broadcast_object(latest(folder / stage.name) if mesh.rank == 0 else None)
     before = mesh.broadcast_object(_stage_before(config, stage) if mesh.rank == 0 else None)
     if checkpoint is None and before is not None:
-        own = engine.state()
-        check_model(before, engine.fragments, mesh)
-        engine.load_state(read_state(before, engine.fragments, own, ("weight",)), 0)
+        start_from(before, task, engine, mesh)
         log.info("stage %s starts from %s", stage.name, before)
     ema = Ema(engine.state()["weight"], stage.ema)
     execution = Execution(task, engine, mesh, watchdog)
@@ -168,6 +168,20 @@ def start_run(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest,
     if checkpoint is not None:
         resume(run, checkpoint)
     return run
+
+
+def start_from(checkpoint: Path, task: Task[Any], engine: Engine, mesh: Mesh) -> None:
+    """Weights of the stage before, but for what begins with this stage. CheckpointError. Collective over the world."""
+    own, there = engine.state(), Checkpoint(checkpoint).shapes
+    taken = [f for f in engine.fragments if not task.begins(f.name)]
+    check_model(checkpoint, taken + [f for f in engine.fragments if task.begins(f.name) and f.name in there], mesh)
+    saved = read_state(checkpoint, taken, own, ("weight",))
+    for f in engine.fragments:
+        if task.begins(f.name):
+            here = slice(f.start, f.start + f.numel)
+            saved["weight"][f.group][here] = own["weight"][f.group][here].cpu()
+    engine.load_state(saved, 0)
+    task.restore(read_extra(checkpoint).get("model", {}))
 
 
 def _stage_before(config: Config, stage: StageConfig) -> Path | None:
@@ -226,6 +240,7 @@ def resume(run: Run, checkpoint: Path) -> None:
     saved = read_state(checkpoint, run.engine.fragments, own, ("weight", "exp_avg", "exp_avg_sq", "ema"))
     run.ema.load(saved.pop("ema"), int(extra["ema_updates"]))
     run.engine.load_state(saved, int(extra["optimizer_steps"]))
+    run.task.restore(extra.get("model", {}))
     run.loader.load_state_dict(extra["loader"])
     rng = read_rng(checkpoint, run.mesh)
     if rng is not None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unicom_dist.checkpoint.weights import export_weights, read_weights_config
+from unicom_dist.checkpoint.weights import StoredWeights, export_weights, read_weights_config
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, PriorConfig, StageConfig
 from unicom_dist.data.loader import CodecLoader, PriorLoader, heldout_codec_batches, heldout_prior_batches
@@ -141,7 +141,16 @@ class CodecTask(Task[CodecBatch]):
             self._perceptual = Lpips.load("alex" if kind == "lpips-alex" else "vgg", folder).eval()
             if self.stage.precision == "bfloat16":
                 self._perceptual = self._perceptual.to(torch.bfloat16)
-        return Codec(self.config.codec, self._channels, self.config.seed)
+        module = Codec(self.config.codec, self._channels, self.config.seed)
+        if self.stage.trainable == "decoder":
+            joint = StoredWeights(joint_folder(self.config, self.stage) / "compressor")
+            values = {name: joint[name].float() for name in joint if self.begins(name)}
+            module.load_state_dict(values, strict=False)
+            module.compressor.requires_grad_(False)
+        return module
+
+    def begins(self, name: str) -> bool:
+        return self.stage.trainable == "decoder" and name.startswith("compressor.")
 
     def loader(self, mesh: Mesh) -> StepLoader[CodecBatch]:
         expected: dict[str, str] = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
@@ -168,7 +177,10 @@ class CodecTask(Task[CodecBatch]):
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        return {
+        own = {}
+        if self.stage.trainable == "decoder":  # it goes with the prior of the joint stage
+            own = {"fingerprint": read_weights_config(joint_folder(self.config, self.stage))["codec_fingerprint"]}
+        return own | {
             "codec": self.config.codec.model_dump(mode="json"),
             "encoder": self.config.encoder.model_dump(mode="json"),
             "encoder_fingerprint": self._fingerprint,
@@ -200,14 +212,23 @@ class PriorTask(Task[PackedBatch]):
         """Tokens of the vocabulary, channels of the latents, channels of the features."""
         return self._vocabulary.size, self._stats.mean.shape[0], self._channels
 
+    @property
+    def stats(self) -> LatentStats:
+        """By which the latents are normalised."""
+        return self._stats
+
     def build(self, mesh: Mesh) -> nn.Module:
-        module = outline(self.config.prior, *self.sizes, mesh, part_of(self.config.prior, *self.sizes, mesh))
-        module.train_only(self.stage.trainable)
+        module = self.outline(mesh, part_of(self.config.prior, *self.sizes, mesh))
+        module.train_only("connector" if self.stage.trainable == "connector" else "all")
         if mesh.layout.zero_stage == 0:
             materialise(module)
             fill(module, self.source)
-        self._share = module.share
+        self._share = getattr(self, "_share", module.share)  # of the model that is trained, not of a copy to draw with
         return module
+
+    def outline(self, mesh: Mesh, part: Part) -> Transfusion:
+        """This rank's slice of the model on the meta device."""
+        return outline(self.config.prior, *self.sizes, mesh, part)
 
     def initial(self, name: str, parameter: nn.Parameter) -> Tensor:
         return local_values(name, parameter, self.source)
@@ -254,10 +275,10 @@ class PriorTask(Task[PackedBatch]):
         return [Boundary((self._share.rows(batch), self.config.prior.hidden), dtype)]
 
     def heldout(self) -> Iterator[tuple[str, PackedBatch]]:
-        limit = self.config.eval.images
+        limit, joint = self.config.eval.images, self.stage.joint.enabled
         for t in self.config.eval.fixed_t:
             for batch in heldout_prior_batches(
-                self.config, self._vocabulary, self._stats, t, limit, tasks=("text_to_image",)
+                self.config, self._vocabulary, self._stats, t, limit, ("text_to_image",), joint=joint
             ):
                 yield f"@{t:g}", batch
         for batch in heldout_prior_batches(
@@ -267,7 +288,7 @@ class PriorTask(Task[PackedBatch]):
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        codec = read_weights_config(codec_folder(self.config))
+        codec = read_weights_config(codec_folder(self.config, self.stage))
         return {
             "prior": self.config.prior.model_dump(mode="json"),
             "latent_channels": self._stats.mean.shape[0],
@@ -286,13 +307,8 @@ class PriorTask(Task[PackedBatch]):
         assert isinstance(model, Transfusion)
         if self._codec is None:
             device = next(model.parameters()).device
-            self._codec = load_codec(codec_folder(self.config), device, model.dtype).model
-        return draw_prompts(self.config, self._codec, model, self._vocabulary, self._stats)
-
-
-def make_task(config: Config, stage: StageConfig) -> Task[Any]:
-    """The task of a training stage."""
-    return CodecTask(config, stage) if stage.kind == "codec" else PriorTask(config, stage)
+            self._codec = load_codec(codec_folder(self.config, self.stage), device, model.dtype).model
+        return draw_prompts(self.config, self._codec, model, self._vocabulary, self.stats)
 
 
 def part_of(prior: PriorConfig, vocabulary: int, latent_channels: int, feature_channels: int, mesh: Mesh) -> Part:
@@ -305,12 +321,19 @@ def part_of(prior: PriorConfig, vocabulary: int, latent_channels: int, feature_c
     return Part(mesh.pp.rank == 0, mesh.last_pp_stage, mine)
 
 
-def codec_folder(config: Config) -> Path:
-    """Exported weights of the recipe's codec stage. DataError when the recipe has none."""
-    names = [stage.name for stage in config.stages if stage.kind == "codec"]
-    if not names:
-        raise DataError("the recipe has no codec stage", "the prior draws what a codec decodes", "add one to `stages`")
-    return Path(config.run_dir) / "weights" / names[-1]
+def codec_folder(config: Config, stage: StageConfig) -> Path:
+    """Exported weights of the last codec stage before `stage`. DataError when the recipe has none there."""
+    name = config.codec_before(stage)
+    if not name:
+        what = f"there is no codec stage before {stage.name!r}"
+        raise DataError(what, "the prior draws what a codec decodes", "add one to `stages`")
+    return Path(config.run_dir) / "weights" / name
+
+
+def joint_folder(config: Config, stage: StageConfig) -> Path:
+    """Exported weights of the last joint stage before `stage`."""
+    before = config.stages[: config.stages.index(stage)]
+    return Path(config.run_dir) / "weights" / [other.name for other in before if other.joint.enabled][-1]
 
 
 def read_stats(run_dir: Path) -> LatentStats:

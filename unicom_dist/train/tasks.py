@@ -1,0 +1,14 @@
+"""Which task trains a stage."""
+
+from typing import Any
+
+from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.train.joint import JointTask
+from unicom_dist.train.stages import CodecTask, PriorTask, Task
+
+
+def make_task(config: Config, stage: StageConfig) -> Task[Any]:
+    """The task of a training stage."""
+    if stage.kind == "codec":
+        return CodecTask(config, stage)
+    return JointTask(config, stage) if stage.joint.enabled else PriorTask(config, stage)
