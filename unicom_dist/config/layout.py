@@ -224,6 +224,23 @@ def _interleaved(r: Request) -> Refusal | None:
     return None
 
 
+def _zero_bubble(r: Request) -> Refusal | None:
+    p = r.parallel
+    if p.schedule != "zero-bubble" or (p.pp > 1 and p.zero_stage < 3):
+        return None
+    if p.pp == 1:
+        return Refusal(
+            "parallel.schedule = zero-bubble with pp = 1",
+            "one rank has no bubble to fill",
+            "pp: 2 or more, or schedule: 1f1b",
+        )
+    return Refusal(
+        "parallel.schedule = zero-bubble with zero_stage = 3",
+        "the gradients of the weights come after the backward pass, when ZeRO-3 has given the weights back",
+        "zero_stage: 2, 1 or 0, or schedule: 1f1b or interleaved",
+    )
+
+
 def _gather_once(r: Request) -> Refusal | None:
     if not r.parallel.gather_once or r.parallel.zero_stage == 3:
         return None
@@ -261,6 +278,7 @@ RULES = [
     Rule("ulysses divides a tensor-parallel rank's heads, and divides or multiplies its key-value heads.", _ulysses),
     Rule("There are at least as many layers as pp_stages (pp x pp_stages_per_rank).", _layers),
     Rule("Several pp_stages per rank and the interleaved schedule need each other, and pp of 2 or more.", _interleaved),
+    Rule("The zero-bubble schedule needs pp of 2 or more, and weights that stay: ZeRO 0 to 2.", _zero_bubble),
     Rule("gather_once is a choice of ZeRO-3.", _gather_once),
     Rule("Offload to the CPU needs ZeRO, offload to NVMe needs ZeRO-3.", _offload),
     Rule("Offload to NVMe needs a folder.", _nvme),

@@ -171,6 +171,9 @@ class Recorder:
         )
         self._outcome.norms.append(norm)
 
+    def between_steps(self) -> None:
+        """Nothing."""
+
 
 def train(case: Case, mesh: Mesh, parallel: ParallelConfig | None = None) -> Outcome:
     """Train `case` on the ranks of `mesh`, whose layout is the case's. Collective over the world."""

@@ -106,6 +106,10 @@ class Observer:
             self._log(lr, norm)
         elif self._console:
             self._console.update(step)
+
+    def between_steps(self) -> None:
+        """Evaluation and pictures, where it is time for them; however long they take."""
+        step, last = self.run.step, self.run.step == self.stage.steps
         if self.stage.eval_every and step % self.stage.eval_every == 0 and not last:
             self._evaluate()
         if self.stage.sample_every and step % self.stage.sample_every == 0 and not last:

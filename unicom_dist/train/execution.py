@@ -14,6 +14,7 @@ from unicom_dist.objective.terms import LossTerm, total
 from unicom_dist.parallel.engine import Engine
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.pipeline.channels import Boundary
+from unicom_dist.parallel.pipeline.deferred import defer
 from unicom_dist.parallel.pipeline.runtime import Payload, Pipeline
 from unicom_dist.parallel.pipeline.stage import AutogradStage
 from unicom_dist.train.stages import Task
@@ -58,6 +59,7 @@ class Execution:
         schedule = layout.schedule if layout.pp > 1 else "1f1b"  # alone, the order that holds one micro-batch at a time
         self._last_chunk = layout.pp_stages_per_rank - 1
         self._pipeline = Pipeline(mesh.pp, mesh.device, schedule, layout.pp_stages_per_rank)
+        self._weights = defer(engine.module) if schedule == "zero-bubble" else None
 
     def train(self, batches: Sequence[Any], counts: Mapping[str, int], observe: Callable[[Terms], None]) -> None:
         """Gradients of all micro-batches of a step, reduced; `counts`: items per term of the whole step.
@@ -73,7 +75,7 @@ class Execution:
             return sent, total(terms, counts, self._mesh.zero.size) if terms else None
 
         with self._engine.accumulate():
-            self._pipeline.run(AutogradStage(compute, self._engine.backward), self._boundaries(batches))
+            self._pipeline.run(AutogradStage(compute, self._engine.backward, self._weights), self._boundaries(batches))
             self._watchdog.doing("reduction of the gradients")
 
     @torch.no_grad()

@@ -23,6 +23,8 @@ from typing import IO, Any
 from unicom_dist.config import errors
 from unicom_dist.config.errors import HangError, Preempted, PreflightError, UnicomError
 
+STACK_SIGNAL = signal.SIGUSR2  # makes a rank write its stacks to its log, whatever it is stuck in
+STACK_S = 1.0  # it has for that
 REMIND_S = 2.0  # between repetitions of a request to stop
 GRACE_S = 3.0  # between asking the surviving ranks to end and killing them
 # glibc returns every large block to the system at once and faults its pages in again for the next one: on CPUs that is
@@ -142,6 +144,9 @@ def _watch(ranks: list[subprocess.Popen[bytes]], run_dir: Path, asked: list[int]
         if any(code not in (None, 0, Preempted.exit_code) for code in codes):
             time.sleep(0.2)  # the others often fail in consequence: look once more before naming the cause
             codes = [process.poll() for process in ranks]
+            if HangError.exit_code in codes:
+                _ask_for_stacks(ranks)
+                codes = [process.poll() for process in ranks]
             _end(ranks)
             if asked and all(
                 code in (None, 0, Preempted.exit_code, -signal.SIGTERM, -signal.SIGKILL) for code in codes
@@ -157,6 +162,17 @@ def _watch(ranks: list[subprocess.Popen[bytes]], run_dir: Path, asked: list[int]
         time.sleep(0.05)
     if Preempted.exit_code in codes:
         raise _cause(codes, run_dir)
+
+
+def _ask_for_stacks(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Have the ranks that are still there write where they are; one that was stopped is woken up for it."""
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(STACK_SIGNAL)
+            process.send_signal(signal.SIGCONT)
+    deadline = time.monotonic() + STACK_S
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -188,10 +204,15 @@ def _cause(codes: list[int | None], run_dir: Path) -> UnicomError:
         if code not in (None, 0):
             with suppress(OSError, ValueError):
                 record = json.loads(error_path(run_dir, rank).read_text(encoding="utf-8"))
-                vague = record["type"] == "UnicomError"  # often only the consequence of another rank's end
+                vague = record.get(
+                    "unexpected", record["type"] == "UnicomError"
+                )  # often the consequence of another's end
                 records.append((vague, record["time"], record))
     if records:
         record = min(records, key=lambda item: item[:2])[2]
+        stalled = [other["why"] for _, _, other in records if other["what"] == record["what"]]
+        if record["type"] == "HangError" and len(stalled) > 1:  # where each of them was
+            record["why"] = "; ".join(stalled)
         kind = getattr(errors, record["type"], UnicomError)
         error = kind(record["what"], record["why"], record["remedy"], record["docs"])
         assert isinstance(error, UnicomError)

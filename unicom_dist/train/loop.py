@@ -25,6 +25,7 @@ from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.prefetch import StepLoader
 from unicom_dist.parallel.deepspeed_config import deepspeed_config
 from unicom_dist.parallel.engine import Engine, OptimizerConfig
+from unicom_dist.parallel.kernels import choose
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.plain import PlainEngine
 from unicom_dist.parallel.zero import ZeroEngine
@@ -117,8 +118,10 @@ def train_step(run: Run, observer: Observer) -> bool:
             raise
         run.ema.update()
         run.task.after_step(run.mesh)
-    run.step += 1
-    observer.step_done(counts, amounts, lr, norm, waited, time.perf_counter() - began)
+        run.step += 1
+        run.watchdog.doing("sum of the losses over all ranks")
+        observer.step_done(counts, amounts, lr, norm, waited, time.perf_counter() - began)
+    observer.between_steps()
     return stopping
 
 
@@ -202,7 +205,8 @@ def _stage_before(config: Config, stage: StageConfig) -> Path | None:
 
 def make_engine(task: Task[Any], config: Config, stage: StageConfig, mesh: Mesh) -> Engine:
     """The engine of the layout's ZeRO stage. Collective over `mesh.zero`."""
-    options = OptimizerConfig(stage.weight_decay, stage.betas, stage.eps, stage.clip, stage.precision)
+    kernels = choose(config.kernels, cuda=mesh.device.type == "cuda")
+    options = OptimizerConfig(stage.weight_decay, stage.betas, stage.eps, stage.clip, stage.precision, kernels)
     module = task.build(mesh)
     if mesh.layout.zero_stage == 0:
         return PlainEngine(module, options, mesh)

@@ -27,12 +27,14 @@ from unicom_dist.models.backbone import WHOLE, Part
 from unicom_dist.models.codec import Codec, CodecBatch, LatentStats
 from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.models.init import Source, fill, local_values
+from unicom_dist.models.kernels import use
 from unicom_dist.models.published import published_source
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.sharding import outline
 from unicom_dist.models.transfusion import Transfusion, initial_weight
 from unicom_dist.objective.perceptual import Lpips
 from unicom_dist.objective.terms import LossTerm, codec_counts, codec_terms, prior_counts, prior_terms
+from unicom_dist.parallel.kernels import choose
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.pipeline.channels import Boundary
 from unicom_dist.parallel.pipeline.runtime import Payload
@@ -219,6 +221,7 @@ class PriorTask(Task[PackedBatch]):
 
     def build(self, mesh: Mesh) -> nn.Module:
         module = self.outline(mesh, part_of(self.config.prior, *self.sizes, mesh))
+        use(module, choose(self.config.kernels, cuda=mesh.device.type == "cuda"))
         module.train_only("connector" if self.stage.trainable == "connector" else "all")
         if mesh.layout.zero_stage == 0:
             materialise(module)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 FIRST_STEP = 3  # times as long: kernels are compiled, memory is allocated, connections are made
 LOOK_S = 0.5  # between looks at the clock
+LINGER_S = 2.0  # a rank's end breaks its connections: before that the others find out by themselves where they are
 COLLECTIVES = 8  # of the flight recorder's, in the log
 
 
@@ -86,6 +87,7 @@ class Watchdog:
             report_stacks()
             if self._ended:
                 self._ended(error)
+            time.sleep(LINGER_S)
         finally:
             sys.stderr.flush()
             os._exit(HangError.exit_code)

@@ -4,6 +4,7 @@ Started by `launch` with {"config": …, "stages": [names]} as one line of JSON 
 libraries print goes to this rank's log; only rank 0's own console line reaches the terminal.
 """
 
+import faulthandler
 import json
 import logging
 import os
@@ -17,9 +18,11 @@ from typing import IO
 from unicom_dist.config.errors import HangError, NonFiniteError, UnicomError
 from unicom_dist.config.layout import Layout
 from unicom_dist.config.schema import Config
-from unicom_dist.train.launch import error_path, log_path
+from unicom_dist.train.launch import STACK_SIGNAL, error_path, log_path
 from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.watchdog import Watchdog
+
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, NCCL
 
 
 def main() -> int:
@@ -29,6 +32,7 @@ def main() -> int:
     rank = int(os.environ["RANK"])
     terminal = _redirect(log_path(Path(config.run_dir), rank))
     quiet_libraries()
+    faulthandler.register(STACK_SIGNAL, all_threads=True)
     with StopRequest() as stop:
         stop.watch(sys.stdin.buffer)
         try:
@@ -97,6 +101,7 @@ def _report(error: BaseException, run_dir: Path, rank: int) -> int:
         print(error, file=sys.stderr)
     record = {
         "type": type(known).__name__,
+        "unexpected": known is not error,
         "what": known.what,
         "why": known.why,
         "remedy": known.remedy,
@@ -116,6 +121,10 @@ def _unexpected(error: BaseException, run_dir: Path, rank: int) -> UnicomError:
     where = f"the traceback is in {log_path(run_dir, rank)}"
     if "imed out" in text:
         return HangError(f"rank {rank} waited too long for the others", f"{text}; {where}", "run again to continue")
+    if any(sign in str(error) for sign in PEER_GONE):
+        return HangError(
+            f"rank {rank} lost another rank", f"{text}; {where}", "see that rank's log; run again to continue"
+        )
     return UnicomError(f"rank {rank} failed: {text}", where, "run the same command again: it continues")
 
 

@@ -1,0 +1,89 @@
+"""A rank that no longer gets on: all ranks end with status 7 in bounded time, and their logs say where each was.
+
+Each test starts a launcher with two ranks, some twenty seconds each.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from test_faults import LONG, finish, gone, ranks_of, start, wait_for_checkpoint
+from training_run import tiny_run
+
+from unicom_dist.train.launch import log_path
+from unicom_dist.train.watchdog import Watchdog
+
+STALL_S = 4
+SLEEPER = """
+import os, sys, threading, time
+
+def fall_asleep():
+    while "unicom_dist.train.ema" not in sys.modules or not hasattr(sys.modules["unicom_dist.train.ema"], "Ema"):
+        time.sleep(0.01)
+    ema = sys.modules["unicom_dist.train.ema"].Ema
+    update = ema.update
+    def sleeping_update(self):
+        update(self)
+        if self.updates == 50:
+            time.sleep(10000)
+    ema.update = sleeping_update
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=fall_asleep, daemon=True).start()
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["asleep", "stopped"])
+def test_a_rank_that_does_not_get_on_ends_the_run_and_every_rank_says_where_it_was(tmp_path, monkeypatch, how):
+    if how == "asleep":
+        (tmp_path / "sitecustomize.py").write_text(SLEEPER)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    overrides = {"stages": LONG, "parallel": {"nproc": 2, "zero_stage": 0, "stall_s": STALL_S}}
+    config = tiny_run(tmp_path, **overrides)
+    process = start(tmp_path, **overrides)
+    wait_for_checkpoint(config, process)
+    ranks = ranks_of(process)
+    if how == "stopped":
+        os.kill(ranks[1], signal.SIGSTOP)
+    began = time.monotonic()
+    code, out = finish(process)
+    assert code == 7, out
+    assert how == "asleep" or time.monotonic() - began < STALL_S + 10
+    assert f"a step did not end within {STALL_S} s" in out
+    assert "rank 0 was at: " in out
+    assert "Traceback" not in out
+    assert all(gone(pid) for pid in ranks)
+    first, second = (log_path(Path(config.run_dir), rank).read_text() for rank in (0, 1))
+    assert "train_step" in first  # the stack
+    assert "gloo:all_reduce" in first  # the last collective
+    assert ("sleeping_update" if how == "asleep" else "most recent call first") in second
+    if how == "asleep":
+        assert "rank 0 was at: sum of the losses over all ranks; rank 1 was at: optimizer step" in out
+
+
+def test_a_watchdog_that_is_fed_sleeps(monkeypatch):
+    monkeypatch.setattr("unicom_dist.train.watchdog.LOOK_S", 0.01)
+    ended = []
+    with Watchdog(0.2, ended.append) as dog:
+        for _ in range(10):
+            with dog.watching():
+                time.sleep(0.05)
+        time.sleep(0.3)  # between steps nothing is expected
+    assert not ended
+
+
+def test_the_first_step_may_take_longer(monkeypatch):
+    monkeypatch.setattr("unicom_dist.train.watchdog.LOOK_S", 0.01)
+    monkeypatch.setattr("unicom_dist.train.watchdog.LINGER_S", 0.0)
+    left: list[int] = []
+    monkeypatch.setattr("os._exit", left.append)
+    with Watchdog(0.2) as dog:
+        with dog.watching(first=True):
+            time.sleep(0.4)
+        assert not left
+        with dog.watching():
+            time.sleep(0.4)
+    assert set(left) == {7}
