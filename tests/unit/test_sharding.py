@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from unicom_dist.config.errors import PreflightError
 from unicom_dist.config.layout import Layout
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models import init
@@ -26,6 +27,7 @@ from unicom_dist.models.published import published_source
 from unicom_dist.models.sharding import build_transfusion, declarations, outline
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.parallel.engine import Piece, pieces_of
+from unicom_dist.parallel.megatron import import_megatron
 from unicom_dist.parallel.mesh import Mesh, init_mesh
 from unicom_dist.parallel.tensor import materialise
 from unicom_dist.testing.tiny_batch import tiny_batch
@@ -177,3 +179,14 @@ def test_a_rank_reads_its_cuts_of_published_weights(tmp_path: Path, rows: list[i
         for name, parameter in backbone.named_parameters():
             cuts = [piece.of(whole[piece.name]).flatten() for piece in parameter.pieces]
             assert torch.equal(parameter.flatten()[: sum(map(len, cuts))], torch.cat(cuts)), (rank, name)
+
+
+def test_another_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import parallel_state
+
+    import_megatron.cache_clear()
+    monkeypatch.delattr(parallel_state, "_set_global_memory_buffer")
+    with pytest.raises(PreflightError, match="_set_global_memory_buffer"):
+        import_megatron()
+    monkeypatch.undo()
+    assert import_megatron().ColumnParallelLinear

@@ -114,9 +114,7 @@ class Decoder(nn.Module):
         for number in self.chunks[chunk]:
             layer = self.layers[str(number)]
             if recompute:
-                x = checkpoint(
-                    layer, x, cos, sin, attend, number, use_reentrant=False, context_fn=recomputed_whole
-                )
+                x = checkpoint(layer, x, cos, sin, attend, number, use_reentrant=False, context_fn=recomputed_whole)
             else:
                 x = layer(x, cos, sin, attend, number, selective)
         return self.norm(x) if self.ends(chunk) else x

@@ -91,12 +91,12 @@ def within(batch: PackedBatch, number: int, length: int) -> PackedBatch:
     if (begin, end) == (0, batch.num_positions):
         return batch
     rope = batch.rope_positions[begin:end]
-
-    def inside(index: Tensor) -> Tensor:
-        return ((index >= begin) & (index < end)).nonzero()[:, 0]
-
+    indices = (batch.token_index, batch.label_index, batch.latent_index, batch.feature_index)
+    here = torch.cat(indices).cpu()  # how many lie inside must be known: one wait for a GPU, not one for each
+    here = (here >= begin) & (here < end)
     token, label, latent, feature = (
-        inside(index) for index in (batch.token_index, batch.label_index, batch.latent_index, batch.feature_index)
+        inside.nonzero()[:, 0].to(rope.device, non_blocking=True)
+        for inside in torch.split(here, [len(index) for index in indices])
     )
     return replace(
         batch,
