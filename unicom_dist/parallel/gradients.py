@@ -60,7 +60,10 @@ class Finish:
 
     def __call__(self, buffers: Buffers) -> float:
         """The global norm; `buffers` are summed and clipped in place. NonFiniteError on every rank together."""
-        for axis, parts in self._sums:
+        for axis, held in self._sums:
+            parts = [part for part in held if buffers[part.group].numel()]  # frozen weights have no gradients
+            if not parts:
+                continue
             flat = torch.cat([part.of(buffers) for part in parts])
             axis.sum(flat)
             for part, values in zip(parts, torch.split(flat, [p.stop - p.start for p in parts]), strict=True):
