@@ -59,11 +59,11 @@ def plan(
     else:
         say(layout.table())
         say(f"\n{parameters(config.prior, sizes):,} parameters; {batch.positions:,} positions in a micro-batch")
-        names = list(memory[0].table())
+        purposes = list(memory[0].table())
         print_table(
-            ["GB per rank", *names, "total"],
+            ["GB per rank", *purposes, "total"],
             [
-                [f"pp {pp}", *(f"{m.table()[n] / 1e9:.2f}" for n in names), f"{m.total / 1e9:.2f}"]
+                [f"pp {pp}", *(f"{m.table()[n] / 1e9:.2f}" for n in purposes), f"{m.total / 1e9:.2f}"]
                 for pp, m in enumerate(memory)
             ],
         )

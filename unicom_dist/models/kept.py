@@ -54,7 +54,7 @@ class _Slot:
 
     tensor: Tensor | None
     source: _Rebuilt | None = None
-    lies: tuple[Any, Any, int] = ((), (), 0)
+    lies: tuple[Any, Any, Any] = ((), (), 0)
 
     def read(self) -> Tensor:
         if self.source is None:
