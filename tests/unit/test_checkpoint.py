@@ -2,8 +2,11 @@
 
 import errno
 import json
+import os
+import signal
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,6 +155,34 @@ def test_a_rank_that_never_finishes_leaves_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"rank-00001-of-00002\.safetensors after"):
         store.wait()
     assert latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+def test_a_kill_at_any_moment_leaves_the_checkpoint_before_or_a_whole_one(tmp_path, call):
+    save_all(tmp_path, ONE, 1)
+    child = os.fork()
+    if child == 0:  # dies in its n-th request to the disk: two files, COMPLETE, their names, the folder's, and its own
+        calls, real = iter(range(1, 100)), {name: getattr(os, name) for name in ("fsync", "replace")}
+
+        def dying(name: str, *args: object) -> None:
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real[name](*args)
+
+        os.fsync, os.replace = partial(dying, "fsync"), partial(dying, "replace")
+        save_all(tmp_path, ONE, 2)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    found = latest(tmp_path)
+    assert found.name == ("step-000002" if call == 6 else "step-000001")
+    got = read_state(found, fragments(ONE, 0), state_of(ONE, 0), ("ema",))
+    assert all(torch.equal(a, b) for a, b in zip(got["ema"], state_of(ONE, 0)["ema"], strict=True))
+    left = list(tmp_path.glob(".step-*"))
+    assert len(left) == (call < 6)
+    for folder in left if call < 3 else []:
+        with pytest.raises(CheckpointError, match="is not a checkpoint"):
+            read_extra(folder)
 
 
 def test_leftovers_of_a_killed_writer_are_removed_at_the_next_start(tmp_path):

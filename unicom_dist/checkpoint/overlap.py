@@ -51,10 +51,15 @@ def shared(source: Fragment, target: Fragment) -> list[Shared]:
 
     ValueError when they are cut along two different dimensions, neither of which is the first.
     """
-    inner = {_dim(source), _dim(target)} - {0}
+    inner = {dim for dim in (_dim(source), _dim(target)) if dim}
     if len(inner) > 1:
         raise ValueError(f"{source.name} is cut along dimensions {sorted(inner)}")
-    dim = inner.pop() if inner else 0
+    if not inner:  # ranges of the whole tensor
+        first, second = _start(source), _start(target)
+        low = max(first, second)
+        count = min(first + source.numel, second + target.numel) - low
+        return [Shared(1, count, low - first, count, low - second, count)] if count > 0 else []
+    dim = inner.pop()
     found = []
     for a, b in product(_rectangles(source, dim), _rectangles(target, dim)):
         row, column = max(a.row, b.row), max(a.column, b.column)
@@ -72,16 +77,20 @@ def _dim(fragment: Fragment) -> int:
     return 0 if piece.cut == piece.shape else piece.dim
 
 
-def _rectangles(fragment: Fragment, dim: int) -> Iterator[_Rectangle]:
-    """The rectangles of a fragment in the matrix of `dim`: 0 or that of its cut."""
+def _start(fragment: Fragment) -> int:
+    """Where a fragment of consecutive elements begins in the whole tensor."""
     piece = fragment.piece
-    own = _dim(fragment)
-    inner = math.prod(piece.shape[own + 1 :])
-    if own == dim and dim:
-        first, width, low = piece.begin * inner, piece.cut[dim] * inner, fragment.offset
+    return (piece.begin * math.prod(piece.shape[1:]) if piece.cut != piece.shape else 0) + fragment.offset
+
+
+def _rectangles(fragment: Fragment, dim: int) -> Iterator[_Rectangle]:
+    """The rectangles of a fragment in the matrix of `dim`, which is 1 or more."""
+    piece = fragment.piece
+    if _dim(fragment) == dim:
+        inner = math.prod(piece.shape[dim + 1 :])
+        first, width, low = piece.begin * inner, piece.length * inner, fragment.offset
     else:
-        first, width = 0, math.prod(piece.shape[dim:])
-        low = (piece.begin * inner if piece.cut != piece.shape else 0) + fragment.offset
+        first, width, low = 0, math.prod(piece.shape[dim:]), _start(fragment)
     at, high = 0, low + fragment.numel
     while low < high:
         row, column = divmod(low, width)

@@ -43,7 +43,7 @@ def reshard(source: Path, out: Path, layout: Layout) -> None:
             with TensorWriter(partial / rank_file(rank, layout.world), names, describe(mine, save)) as writer:
                 for kind, f in wanted:
                     values = torch.empty(f.numel)
-                    saved.fill(f, kind, values)
+                    saved.fill([(f, {kind: values}, 0)])
                     writer.add(f"{kind}/{f.name}", values)
         state = {name: value for name, value in saved.state.items() if name not in ("files", "tensors")}
         complete(partial, out, layout.world, {**state, "layout": layout_of(layout)})

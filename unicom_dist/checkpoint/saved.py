@@ -5,7 +5,8 @@ Equal cuts are read straight into place; differing ones by the rectangles they s
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,25 +96,31 @@ class Checkpoint:
         for number, dim, begin, length, offset, numel in self._tensors[name]["fragments"]:
             yield number, Fragment(Piece(name, shape, dim, begin, length), offset, numel, 0, 0)
 
-    def fill(self, wanted: Fragment, kind: str, target: Tensor) -> None:
-        """Read the values of a fragment into `target` [numel], contiguous on the CPU."""
-        found = 0
-        for number, saved in self.fragments(wanted.name):
-            for part in shared(saved, wanted):
-                found += part.numel
-                if part.consecutive:
-                    place = target[part.target : part.target + part.numel]
-                    self.file(number).read_into(f"{kind}/{wanted.name}", part.source, place)
-                else:
-                    place = target[part.target :].as_strided((part.rows, part.columns), (part.target_pitch, 1))
-                    self.file(number).read_columns(f"{kind}/{wanted.name}", part.source, part.source_pitch, place)
-        if found != wanted.numel:
-            raise CheckpointError(
-                f"{self.path} holds {found} of {wanted.numel} values of {kind}/{wanted.name}",
-                "its state.json does not describe one whole model",
-                f"remove {self.path} to continue from the checkpoint before it",
-                DOCS,
-            )
+    def fill(self, wanted: Iterable[tuple[Fragment, Mapping[str, Tensor], int]]) -> None:
+        """Read the values of fragments: each into {kind: buffer [n], contiguous on the CPU} from an index on."""
+        reads = []
+        for f, buffers, at in wanted:
+            found = 0
+            for number, saved in self.fragments(f.name):
+                for part in shared(saved, f):
+                    found += part.numel
+                    for kind, buffer in buffers.items():
+                        name, start = f"{kind}/{f.name}", at + part.target
+                        if part.consecutive:
+                            position = self.file(number).position(name, part.source, part.numel, buffer.dtype)
+                            reads.append(_Read(number, position, start, part.numel, buffer))
+                        else:
+                            place = buffer[start:].as_strided((part.rows, part.columns), (part.target_pitch, 1))
+                            self.file(number).read_columns(name, part.source, part.source_pitch, place)
+            if found != f.numel:
+                raise CheckpointError(
+                    f"{self.path} holds {found} of {f.numel} values of {f.name}",
+                    "its state.json does not describe one whole model",
+                    f"remove {self.path} to continue from the checkpoint before it",
+                    DOCS,
+                )
+        for read in _merged(reads):
+            self.file(read.number).read_at(read.position, read.buffer[read.start : read.start + read.numel])
 
     def check(self, wanted: Mapping[str, tuple[int, ...]], further: Callable[[str], bool]) -> None:
         """CheckpointError unless it holds tensors of these names and shapes, and no others but `further` ones."""
@@ -134,6 +141,33 @@ class Checkpoint:
         return SavedTensors(self, kind)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """Consecutive elements of a file: `buffer[start : start + numel]` is what lies from byte `position` on."""
+
+    number: int
+    position: int
+    start: int
+    numel: int
+    buffer: Tensor
+
+
+def _merged(reads: list[_Read]) -> Iterator[_Read]:
+    """In the order of the files, and as one where both sides go on: under an equal layout few are left."""
+    last: _Read | None = None
+    for read in sorted(reads, key=lambda read: (read.number, read.position)):
+        if last is not None and read.buffer is last.buffer and read.number == last.number:
+            size = last.numel * last.buffer.element_size()
+            if (read.position, read.start) == (last.position + size, last.start + last.numel):
+                last = replace(last, numel=last.numel + read.numel)
+                continue
+        if last is not None:
+            yield last
+        last = read
+    if last is not None:
+        yield last
+
+
 class SavedTensors(Mapping[str, Tensor]):
     """See `Checkpoint.tensors`. Memory: the tensors that the caller keeps."""
 
@@ -146,7 +180,7 @@ class SavedTensors(Mapping[str, Tensor]):
             raise KeyError(name)
         whole = torch.empty(self._checkpoint.shapes[name])
         everything = Fragment(Piece(name, tuple(whole.shape)), 0, whole.numel(), 0, 0)
-        self._checkpoint.fill(everything, self._kind, whole.view(-1))
+        self._checkpoint.fill([(everything, {self._kind: whole.view(-1)}, 0)])
         return whole
 
     def __iter__(self) -> Iterator[str]:
@@ -169,12 +203,26 @@ def read_state(checkpoint: Path, fragments: list[Fragment], like: State, kinds: 
     """
     saved = Checkpoint(checkpoint)
     saved.check(_shapes(fragments), lambda name: True)
-    result: State = {kind: [torch.zeros(b.shape, dtype=b.dtype) for b in like[kind]] for kind in kinds}
+    result: State = {kind: [torch.empty(b.shape, dtype=b.dtype) for b in like[kind]] for kind in kinds}
+    wanted = []
+    for f in fragments:
+        held = {kind: result[kind][f.group] for kind in kinds if kind in saved.kinds[f.name]}
+        wanted.append((f, {kind: buffer for kind, buffer in held.items() if buffer.numel()}, f.start))
+    saved.fill(wanted)
     for kind, buffers in result.items():
-        for f in fragments:
-            if kind in saved.kinds[f.name] and buffers[f.group].numel():
-                saved.fill(f, kind, buffers[f.group][f.start : f.start + f.numel])
+        for group, buffer in enumerate(buffers):
+            _clear(buffer, [f for f in fragments if f.group == group and kind in saved.kinds[f.name]])
     return result
+
+
+def _clear(buffer: Tensor, filled: list[Fragment]) -> None:
+    """Zero what no fragment fills; a whole buffer that starts as zeros would be written twice."""
+    end = 0
+    for f in sorted(filled, key=lambda f: f.start) if buffer.numel() else []:
+        if f.start > end:
+            buffer[end : f.start] = 0
+        end = max(end, f.start + f.numel)
+    buffer[end:] = 0
 
 
 def check_model(

@@ -23,7 +23,7 @@ from unicom_dist.config.errors import CheckpointError
 _NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ENTRY_BYTES = 224  # of the header, beside the name: eight dimensions and two offsets of thirteen digits fit
-_BLOCK_BYTES = 4 << 20  # read at a time where only parts of rows are wanted
+_BLOCK_BYTES = 1 << 20  # read at a time where only parts of rows are wanted
 
 
 class TensorWriter:
@@ -84,6 +84,7 @@ class TensorFile:
 
     def __init__(self, path: Path, remedy: str = "") -> None:
         self.path, self._descriptor = path, -1
+        self._block = torch.empty(0, dtype=torch.uint8)
         self._remedy = remedy or f"remove {path.parent} to continue from the checkpoint before it"
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
@@ -122,34 +123,22 @@ class TensorFile:
         """A whole tensor."""
         entry = self._entries[name]
         tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
-        self.read_into(name, 0, tensor.view(-1))
+        self.read_at(self.position(name, 0, tensor.numel(), tensor.dtype), tensor.view(-1))
         return tensor
 
-    def read_into(self, name: str, start: int, target: Tensor) -> None:
-        """Fill `target` [n], contiguous on the CPU, with elements [start, start + n) of the flattened tensor."""
-        entry = self._entries[name]
-        shape, dtype = entry["shape"], _DTYPES.get(entry["dtype"])
-        if dtype != target.dtype or start + target.numel() > math.prod(shape):
-            asked = f"elements up to {start + target.numel()} of {target.dtype}"
-            raise self.damaged(f"{name} is {entry['dtype']} {shape}, wanted are {asked}")
-        if target.numel():
-            room = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            self._fill(room, self._data + entry["data_offsets"][0] + start * target.element_size())
+    def position(self, name: str, start: int, numel: int, dtype: torch.dtype) -> int:
+        """Byte at which elements [start, start + numel) of the flattened tensor begin in the file."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise self.damaged(f"there is no {name}")
+        if _DTYPES.get(entry["dtype"]) != dtype or start + numel > math.prod(entry["shape"]):
+            asked = f"elements up to {start + numel} of {dtype}"
+            raise self.damaged(f"{name} is {entry['dtype']} {entry['shape']}, wanted are {asked}")
+        return int(self._data + entry["data_offsets"][0] + start * dtype.itemsize)
 
-    def read_columns(self, name: str, start: int, pitch: int, target: Tensor) -> None:
-        """Fill `target` [rows, columns] with rows of the flattened tensor that begin at `start`, `pitch` apart.
-
-        Reads blocks of rows that stay in the processor's cache, or the columns alone where rows are long.
-        """
-        rows, columns = target.shape
-        at_once = max(1, _BLOCK_BYTES // (pitch * target.element_size()))
-        block = torch.empty((at_once - 1) * pitch + columns, dtype=target.dtype)
-        for row in range(0, rows, at_once):
-            count = min(at_once, rows - row)
-            self.read_into(name, start + row * pitch, block[: (count - 1) * pitch + columns])
-            target[row : row + count] = block.as_strided((count, columns), (pitch, 1))
-
-    def _fill(self, room: memoryview, position: int) -> None:
+    def read_at(self, position: int, target: Tensor) -> None:
+        """Fill `target` [n], contiguous on the CPU, with what lies from byte `position` on."""
+        room = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
         while room:
             try:
                 count = os.preadv(self._descriptor, [room], position)
@@ -158,6 +147,23 @@ class TensorFile:
             if not count:
                 raise self.damaged("the file ends early")
             room, position = room[count:], position + count
+
+    def read_columns(self, name: str, start: int, pitch: int, target: Tensor) -> None:
+        """Fill `target` [rows, columns] with rows of the flattened tensor that begin at `start`, `pitch` apart.
+
+        Reads blocks of rows that stay in the processor's cache, or the columns alone where rows are long.
+        """
+        rows, columns = target.shape
+        at_once = max(1, _BLOCK_BYTES // (pitch * target.element_size()))
+        needed = ((min(rows, at_once) - 1) * pitch + columns) * target.element_size()
+        if self._block.numel() < needed:  # kept: fresh memory costs more than the copy
+            self._block = torch.empty(needed, dtype=torch.uint8)
+        block = self._block[:needed].view(target.dtype)
+        first = self.position(name, start, (rows - 1) * pitch + columns, target.dtype)
+        for row in range(0, rows, at_once):
+            count = min(at_once, rows - row)
+            self.read_at(first + row * pitch * target.element_size(), block[: (count - 1) * pitch + columns])
+            target[row : row + count] = block.as_strided((count, columns), (pitch, 1))
 
 
 def write_synced(path: Path, text: str) -> None:

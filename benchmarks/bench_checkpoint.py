@@ -1,0 +1,298 @@
+"""What a checkpoint costs: the stall of a step, the write, the load, and the load under another layout.
+
+The state is that of a small transformer (weights, two moments, average in float32). Beside ours, in the same rounds: a
+copy of the state in memory (no stall can be shorter), one file of the same bytes written and synced, the files read
+into fresh memory, and torch.distributed.checkpoint with its thread and its process. The clock is wall time: waiting is
+the point. Files are in the page cache when they are read.
+
+    python benchmarks/bench_checkpoint.py [--layers 12] [--rounds 7] [--folder FOLDER]
+"""
+
+import argparse
+import gc
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from common import Goal, Timing, publish
+from torch import Tensor
+
+from unicom_dist.checkpoint.saved import latest, read_state
+from unicom_dist.checkpoint.store import CheckpointStore
+from unicom_dist.config.layout import Layout
+from unicom_dist.parallel.engine import Fragment, Piece, fragments_of
+from unicom_dist.parallel.mesh import Axis, Mesh
+
+WIDTH, FFN = 384, 1152
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+# Every tensor of a layer: shape, and the dimension that tensor parallelism cuts (None: held whole).
+LAYER: dict[str, tuple[tuple[int, ...], int | None]] = {
+    "q": ((WIDTH, WIDTH), 0),
+    "k": ((WIDTH, WIDTH), 0),
+    "v": ((WIDTH, WIDTH), 0),
+    "o": ((WIDTH, WIDTH), 1),
+    "gate": ((FFN, WIDTH), 0),
+    "up": ((FFN, WIDTH), 0),
+    "down": ((WIDTH, FFN), 1),
+    "norm": ((WIDTH,), None),
+}
+WRITTEN = Layout(tp=4)  # how the checkpoint that is loaded was written
+OTHERS = (Layout(tp=2, dp=2, zero_stage=3), Layout(dp=4, zero_stage=3), Layout(pp=4))
+Method = Callable[[], dict[str, float]]  # seconds by what they were spent on
+
+
+def mesh_of(layout: Layout, rank: int) -> Mesh:
+    """A rank of `layout` that needs no process group."""
+    place = layout.coordinates(rank)
+    zero = Axis("zero", place["dp"], layout.dp)
+    axes = {axis: Axis(axis, place[axis], size) for axis, size in layout.sizes().items()}
+    return Mesh(rank, layout.world, torch.device("cpu"), layout, zero=zero, **axes)
+
+
+class Local(CheckpointStore):
+    """A store of one of several ranks in this process: they agree on the name of an attempt."""
+
+    def __init__(self, folder: Path, mesh: Mesh) -> None:
+        super().__init__(folder, Mesh(0, 1, mesh.device), keep=1 << 30)
+        self.mesh, self._attempt = mesh, "bench"
+
+
+def fragments(layout: Layout, rank: int, layers: int) -> list[Fragment]:
+    """What a rank holds."""
+    place, found, start = layout.coordinates(rank), [], 0
+    for layer in range(layers):
+        if layer * layout.pp // layers != place["pp"]:
+            continue
+        for name, (shape, dim) in LAYER.items():
+            length = shape[dim or 0] // (layout.tp if dim is not None else 1)
+            begin = place["tp"] * length if dim is not None else 0
+            owner = dim is not None or place["tp"] == 0
+            piece = Piece(f"layers.{layer}.{name}", shape, dim or 0, begin, length, owner=owner)
+            share = -(-piece.numel // layout.dp)
+            offset = min(place["dp"] * share, piece.numel)
+            numel = min(share, piece.numel - offset)
+            found += fragments_of([piece], offset, numel, 0, start)
+            start += numel
+    return found
+
+
+def state_of(held: list[Fragment]) -> dict[str, list[Tensor]]:
+    """Buffers of a rank with something in them."""
+    size = sum(f.numel for f in held)
+    return {kind: [torch.randn(size)] for kind in KINDS}
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def raw_write(state: dict[str, list[Tensor]], path: Path) -> None:
+    """One file of the state's bytes, synced."""
+    with path.open("wb") as file:
+        for buffers in state.values():
+            for buffer in buffers:
+                file.write(buffer.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        os.fsync(file.fileno())
+
+
+def raw_read(folder: Path) -> None:
+    """Every file of a folder into fresh memory."""
+    for path in sorted(folder.glob("*")):
+        with path.open("rb", buffering=0) as file:
+            room = memoryview(torch.empty(path.stat().st_size, dtype=torch.uint8).numpy())  # type: ignore[arg-type]
+            while room:
+                room = room[file.readinto(room) or len(room) :]
+
+
+class Saving:
+    """Everything that is measured around a save of one rank's state."""
+
+    def __init__(self, folder: Path, layers: int) -> None:
+        self.folder, self.step = folder, 0
+        self.held = fragments(Layout(), 0, layers)
+        self.state = state_of(self.held)
+        self.copy = {kind: [buffer.clone() for buffer in buffers] for kind, buffers in self.state.items()}
+        self.store = CheckpointStore(folder / "ours", Mesh(0, 1, torch.device("cpu")), keep=1 << 30)
+        self.tensors = {
+            f"{kind}/{f.name}": buffers[0][f.start : f.start + f.numel].view(f.piece.shape)
+            for kind, buffers in self.state.items()
+            for f in self.held
+        }
+
+    @property
+    def bytes(self) -> int:
+        """Of the state."""
+        return sum(buffer.nbytes for buffers in self.state.values() for buffer in buffers)
+
+    def methods(self) -> dict[str, Method]:
+        """By name."""
+        return {
+            "copy in memory": self.memory,
+            "one file, synced": self.one_file,
+            "ours": self.ours,
+            "DCP, synchronous": self.dcp,
+            "DCP, thread": lambda: self.dcp_async("thread"),
+            "DCP, process": lambda: self.dcp_async("process"),
+        }
+
+    def memory(self) -> dict[str, float]:
+        """The shortest possible stall."""
+
+        def copy() -> None:
+            for kind, buffers in self.state.items():
+                for target, buffer in zip(self.copy[kind], buffers, strict=True):
+                    target.copy_(buffer)
+
+        return {"stall": timed(copy)}
+
+    def one_file(self) -> dict[str, float]:
+        """The shortest possible write."""
+        return {"write": timed(lambda: raw_write(self.state, self.folder / "raw"))}
+
+    def ours(self) -> dict[str, float]:
+        """A save, and the wait for its end."""
+        self.step += 1
+        stall = timed(lambda: self.store.save(self.step, self.state, self.held, {}, replicated=True))
+        return {"stall": stall, "write": stall + timed(self.store.wait)}
+
+    def dcp(self) -> dict[str, float]:
+        """torch.distributed.checkpoint, the call that returns when all is written."""
+        import torch.distributed.checkpoint as dcp
+
+        seconds = timed(lambda: dcp.save(self.tensors, checkpoint_id=self.folder / "dcp"))
+        return {"stall": seconds, "write": seconds}
+
+    def dcp_async(self, how: str) -> dict[str, float]:
+        """torch.distributed.checkpoint behind the training."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+        start = time.perf_counter()
+        future = dcp.async_save(
+            self.tensors, checkpoint_id=self.folder / "dcp", async_checkpointer_type=AsyncCheckpointerType(how)
+        )
+        stall = time.perf_counter() - start
+        future.result()  # type: ignore[union-attr]
+        return {"stall": stall, "write": time.perf_counter() - start}
+
+    def clear(self) -> None:
+        """Remove what was written, outside of what is timed."""
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (self.folder / "ours").mkdir()
+
+
+class Loading:
+    """A checkpoint written by four ranks of `WRITTEN`, and loads of all of it by four ranks of any layout."""
+
+    def __init__(self, folder: Path, layers: int) -> None:
+        self.layers, self.folder = layers, folder
+        stores = [Local(folder / "ours", mesh_of(WRITTEN, rank)) for rank in range(WRITTEN.world)]
+        for rank, store in reversed(list(enumerate(stores))):
+            held = fragments(WRITTEN, rank, layers)
+            store.save(1, state_of(held), held, {}, replicated=False)
+            store.wait() if rank else None
+        stores[0].wait()
+        found = latest(folder / "ours")
+        assert found is not None
+        self.path = found
+
+    def methods(self) -> dict[str, Method]:
+        """By name."""
+        named: dict[str, Method] = {"read files": lambda: {"load": timed(lambda: raw_read(self.path))}}
+        for layout in (WRITTEN, *OTHERS):
+            named[f"ours as {shown(layout)}"] = lambda layout=layout: {"load": self.load(layout)}
+        return named
+
+    def load(self, layout: Layout) -> float:
+        """Seconds of all ranks, one after the other."""
+        seconds = 0.0
+        for rank in range(layout.world):
+            held = fragments(layout, rank, self.layers)
+            like = {kind: [torch.empty(sum(f.numel for f in held))] for kind in KINDS}
+            seconds += timed(lambda held=held, like=like: read_state(self.path, held, like, KINDS))
+        return seconds
+
+
+def shown(layout: Layout) -> str:
+    """tp=4, for example."""
+    return " ".join(f"{axis}={size}" for axis, size in layout.sizes().items() if size > 1)
+
+
+def dcp_load(saving: Saving, folder: Path) -> Method:
+    """A checkpoint of torch's loaded in place."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(saving.tensors, checkpoint_id=folder)
+    return lambda: {"load": timed(lambda: dcp.load(saving.tensors, checkpoint_id=folder))}
+
+
+def rounds(methods: Mapping[str, Method], count: int, clear: Callable[[], None]) -> dict[str, dict[str, Timing]]:
+    """Every method once unmeasured, then `count` times in turn, the order reversed every other round."""
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in methods}
+    for number in range(count + 1):
+        for name in list(methods) if number % 2 else reversed(list(methods)):
+            gc.collect()
+            for what, value in methods[name]().items():
+                if number:
+                    seconds[name].setdefault(what, []).append(value)
+            clear()
+    return {name: {what: Timing.of(values) for what, values in found.items()} for name, found in seconds.items()}
+
+
+def main() -> int:
+    """Measure, print, write; 1 if a goal was missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the system's temporary folder")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=options.folder) as name:
+        folder = Path(name)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "GLOO_SOCKET_IFNAME": "lo"}
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        for part in ("save", "load"):
+            (folder / part).mkdir()
+        saving, loading = Saving(folder / "save", options.layers), Loading(folder / "load", options.layers)
+        saved = rounds(saving.methods(), options.rounds, saving.clear)
+        readers = loading.methods() | {"DCP in place": dcp_load(saving, folder / "load" / "dcp")}
+        loaded = rounds(readers, options.rounds, lambda: None)
+        dist.destroy_process_group()
+    stall, write = ({n: t[what].median for n, t in saved.items() if what in t} for what in ("stall", "write"))
+    load = {name: timings["load"].median for name, timings in loaded.items()}
+    same, others = load[f"ours as {shown(WRITTEN)}"], [load[f"ours as {shown(layout)}"] for layout in OTHERS]
+    goals = [
+        Goal("stall over a copy in memory", stall["ours"] / stall["copy in memory"], 1.1, at_least=False),
+        Goal("save over one file", write["ours"] / write["one file, synced"], 1.15, at_least=False),
+        Goal("load over reading the files", same / load["read files"], 1.2, at_least=False),
+        Goal("load under another layout over the same", max(others) / same, 1.3, at_least=False),
+    ]
+    rows = [
+        [name, what, f"{1000 * t.median:.0f}", t.spread, f"{saving.bytes / t.median / 1e9:.2f}"]
+        for measured in (saved, loaded)
+        for name, timings in measured.items()
+        for what, t in timings.items()
+    ]
+    print(f"{saving.bytes / 1e6:.0f} MB of state, {len(saving.held)} tensors of {len(KINDS)} kinds\n")
+    met = publish(
+        "bench_checkpoint",
+        ["method", "what", "ms", "spread", "GB/s"],
+        rows,
+        goals,
+        {"bytes": saving.bytes, "tensors": len(saving.held), "save": saved, "load": loaded},
+    )
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
