@@ -41,6 +41,7 @@ FOUR = {
     "tp4 sp z0 tied recompute full": case(4, tp=4, **SP, tied=True, recompute="full"),
     "tp2 dp2 sp z3": case(4, tp=2, **SP, zero_stage=3),
     "tp2 dp2 z2 connector alone": case(4, tp=2, zero_stage=2, trainable="connector"),
+    "pp2 tp2 sp z3 connector alone": case(4, pp=2, tp=2, **SP, zero_stage=3, trainable="connector"),
     "tp4 sp z3 gather_once": case(4, tp=4, **SP, zero_stage=3, gather_once=True),
     "pp2 dp2 1f1b z3 tied": case(4, pp=2, zero_stage=3, tied=True),
     "pp2 dp2 gpipe z1 tied": case(4, pp=2, schedule="gpipe", zero_stage=1, tied=True),
