@@ -121,6 +121,27 @@ def test_codec_steps_do_not_depend_on_ranks_and_pieces(config: Config, ranks: in
         loader.close()
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4), (4, 2)])
+def test_the_order_goes_on_when_the_number_of_ranks_changes(
+    config: Config, vocabulary: Vocabulary, before: int, after: int
+) -> None:
+    with prior(config, vocabulary, batch=8) as whole:
+        first = [prior(config, vocabulary, r, before, batch=8) for r in range(before)]
+        for _ in range(5):
+            whole.next_step()
+            for loader in first:
+                loader.next_step()
+        state = json.loads(json.dumps(first[0].state_dict()))
+        then = [prior(config, vocabulary, r, after, batch=8) for r in range(after)]
+        for loader in then:
+            loader.load_state_dict(state)
+        for _ in range(4):
+            parts = [batch for loader in then for batch in loader.next_step()]
+            assert prior_content(parts) == prior_content(whole.next_step())
+        for loader in (*first, *then):
+            loader.close()
+
+
 @given(taken=st.integers(0, 30))
 @settings(max_examples=12, deadline=None)
 def test_resuming_after_any_step_gives_the_same_stream(config: Config, vocabulary: Vocabulary, taken: int) -> None:
