@@ -34,10 +34,13 @@ def train(
     from unicom_dist.train import pipeline
 
     pipeline.preflight(config)
+    table = pipeline.who_is_where(config)
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         write_config(config.run_dir, config, loaded.origins)
-        write_env(config.run_dir)
+        write_env(config.run_dir, layout=table)
         write_status(config.run_dir, "running")  # what an earlier start left there is no longer true
         start_mirror(config.run_dir, config.tracking)
+        if table:
+            say(f"ranks of the prior's stages:\n{table}")
     with logged():
         pipeline.run(config, latents.run, only=stage, say=say)

@@ -49,11 +49,14 @@ def collect_env(argv: list[str] | None = None) -> dict[str, Any]:
     }
 
 
-def write_env(run_dir: str | Path, argv: list[str] | None = None) -> dict[str, Any]:
-    """Write env.json: this start's environment, and under `starts` time, command, commit and host of every start."""
+def write_env(run_dir: str | Path, argv: list[str] | None = None, layout: str = "") -> dict[str, Any]:
+    """Write env.json: this start's environment, and under `starts` time, command, commit and host of every start.
+
+    `layout`: the table of which rank is where, if the ranks share the model.
+    """
     path = Path(run_dir) / ENV_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    env = collect_env(argv)
+    env = collect_env(argv) | ({"layout": layout.splitlines()} if layout else {})
     earlier = read_env(run_dir).get("starts", [])
     env["starts"] = [*earlier, {key: env[key] for key in ("time", "command", "commit", "host")}]
     temporary = path.with_name(f".{ENV_FILE}.{os.getpid()}.tmp")

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from unicom_dist.config import errors
 from unicom_dist.config.errors import HangError, Preempted, PreflightError, UnicomError
+from unicom_dist.config.schema import Config
 
 STACK_SIGNAL = signal.SIGUSR2  # makes a rank write its stacks to its log, whatever it is stuck in
 STACK_S = 1.0  # it has for that
@@ -49,6 +50,12 @@ def error_path(run_dir: Path, rank: int) -> Path:
 def joined() -> bool:
     """Whether torchrun or srun started this process as one of several ranks."""
     return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def ranks_of(config: Config) -> int:
+    """Ranks of a run started now: those that torchrun or srun started, else `parallel.nproc`."""
+    given = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") if joined() else None
+    return int(given or config.parallel.nproc)
 
 
 def threads_per_rank(nproc: int, configured: int) -> int:

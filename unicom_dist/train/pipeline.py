@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from unicom_dist.config.errors import ConfigError, Preempted, PreflightError, UnicomError
+from unicom_dist.config.layout import Layout, refusals
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.tracking.status import State, read_status, write_status
 
@@ -77,6 +78,16 @@ def run(
     say(
         f"all stages of {config.name} are finished ({time.monotonic() - started:.0f} s); the run is in {config.run_dir}"
     )
+
+
+def who_is_where(config: Config) -> str:
+    """The layout of the prior's stages as a table; "" where the ranks are replicas, and where the layout is refused."""
+    from unicom_dist.train.launch import ranks_of
+
+    world = ranks_of(config)
+    layout = Layout.of(config.parallel, world)
+    shared = layout.pp * layout.ulysses * layout.tp > 1
+    return layout.table() if shared and not refusals(config.parallel, config.prior, world) else ""
 
 
 def grouped(stages: list[StageConfig]) -> list[list[StageConfig]]:

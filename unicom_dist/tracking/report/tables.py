@@ -140,6 +140,8 @@ def environment(run: Run) -> Markup | None:
     ]
     if variables:
         rows.append(["variables", tag("code", " ".join(f"{k}={v}" for k, v in variables.items()))])
+    if env.get("layout"):
+        rows.append(["ranks", tag("pre", "\n".join(env["layout"]))])
     starts = [start for start in env.get("starts") or [] if isinstance(start, dict)]
     for start in starts[-8:]:
         rows.append([f"start {start.get('time', '')}", tag("code", " ".join(map(str, start.get("command") or [])))])
