@@ -33,6 +33,7 @@ WAYS = {  # options of the engine, whether all forwards of a step come first, ac
     "gather once": ({"gather_once": True}, False, False),
     "gather once, forwards first": ({"gather_once": True}, True, False),
     "forwards first, recomputed": ({"extra": {"zero_optimization": LARGE}}, True, True),
+    "second copy of the weights": ({"extra": {"zero_optimization": {"zero_hpz_partition_size": 2}}}, True, False),
     "weights and state on the CPU": ({"offload": "cpu"}, False, False),
 }
 

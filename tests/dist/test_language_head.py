@@ -9,13 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from unicom_dist.config.layout import Layout
+from unicom_dist.config.schema import ParallelConfig
 from unicom_dist.models.head import LanguageHead
 from unicom_dist.parallel import cross_entropy
 from unicom_dist.parallel.cross_entropy import VocabShard
+from unicom_dist.parallel.deepspeed_config import deepspeed_config
 from unicom_dist.parallel.engine import OptimizerConfig, whole_tensors
 from unicom_dist.parallel.mesh import Mesh, init_mesh
 from unicom_dist.parallel.plain import PlainEngine
-from unicom_dist.parallel.zero3 import Zero3Engine
+from unicom_dist.parallel.zero import ZeroEngine
 from unicom_dist.testing.distributed import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -102,7 +104,8 @@ def work(rank: int, world: int) -> dict[object, object]:
     result["none"] = split(model, 29, False, labels=0)
     result["megatron"] = megatron(model)
     for tied in (False, True):
-        engine = Zero3Engine(Tied(tied), OptimizerConfig(precision="float32"), replicas)
+        settings = deepspeed_config(ParallelConfig(), Layout(zero_stage=3), "float32")
+        engine = ZeroEngine(Tied(tied), OptimizerConfig(precision="float32"), replicas, settings)
         result["zero3", tied] = train(engine, [rank])
         engine.close()
     return result

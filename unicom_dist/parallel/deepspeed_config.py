@@ -16,6 +16,7 @@ from unicom_dist.config.layout import DOCS, Layout
 from unicom_dist.config.schema import ParallelConfig
 
 PERSIST_ELEMENTS = 1 << 20  # ZeRO-3: parameters up to this size stay gathered between steps ...
+REDUCE_ELEMENTS = 1 << 26  # gradients reduced in one call; the reduction takes a few times 256 MiB meanwhile
 PERSIST_TOTAL = 32 << 20  # ... as long as they are not more than this altogether (64 MiB in bfloat16)
 FREE = (  # what `extra` may hold at its top level
     "zero_optimization",
@@ -72,7 +73,7 @@ def deepspeed_config(
     ConfigError when `extra` sets what the engine relies on, or what cannot work under `layout`.
     """
     stage, offload = layout.zero_stage, parallel.offload
-    zero: dict[str, Any] = {"stage": stage}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_ELEMENTS}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -89,6 +90,7 @@ def deepspeed_config(
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0 if layout.gather_once else PERSIST_ELEMENTS
         zero["stage3_model_persistence_threshold"] = PERSIST_TOTAL
+        zero["contiguous_gradients"] = False  # a buffer that a reduction once per step has no use for
     else:
         zero["use_multi_rank_bucket_allreduce"] = False  # each part to its owner, not all to all: half the bytes
         zero["compute_grad_norm"] = offload != "none"  # not ours to forbid there

@@ -72,14 +72,17 @@ class Shards:
         self.frozen_master = torch.empty(0)
         self._exact: dict[str, Tensor] = {}
 
-    @property
-    def masters(self) -> list[Any]:
-        """DeepSpeed's float32 weights, by group; the keys of the optimizer's state."""
-        raise NotImplementedError
+    masters: list[Any]  # DeepSpeed's float32 weights, by group; the keys of the optimizer's state
 
     def weights(self) -> Buffers:
         """Master weights of all groups, the frozen ones last."""
         return [*(flat.data for flat in self.masters), self.frozen_master]
+
+    def hold(self, gather: bool) -> None:
+        """Nothing where the weights are whole."""
+
+    def release(self) -> None:
+        """Nothing where the weights are whole."""
 
     def _finish(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Fragments from places, and master weights from the float32 values that DeepSpeed rounded."""
@@ -135,13 +138,14 @@ class ParameterShards(Shards):
                 first.convert_to_zero_parameters(param_list=[p])
             offset = min(self.mesh.zero.rank * p.ds_tensor.ds_numel, p.ds_numel)
             self._exact[name] = exact[offset : offset + p.ds_tensor.ds_numel].clone()
+            del exact  # before the next one is made
 
     def attach(self, deepspeed: Any, zero: Any) -> None:
         """Find everything in DeepSpeed's optimizer. Collective over `mesh.zero`."""
         missing = [name for name in self.needed if not hasattr(zero, name)]
         if missing:
             raise other_version(deepspeed, missing)
-        self._zero = zero
+        self._zero, self.masters = zero, list(zero.fp32_partitioned_groups_flat)
         start, last = 0, len(self.masters)
         for number, named in enumerate([*self.trained, self.frozen]):
             for name, p in named:
@@ -155,10 +159,6 @@ class ParameterShards(Shards):
         self.frozen_master = torch.zeros(start, device=self.mesh.device)
         self._finish({name: tuple(p.ds_shape) for group in [*self.trained, self.frozen] for name, p in group})
         self.load(self.weights())
-
-    @property
-    def masters(self) -> list[Any]:
-        return list(self._zero.fp32_partitioned_groups_flat)
 
     def gradients(self) -> Buffers:
         """Views of DeepSpeed's reduced gradients."""
@@ -254,13 +254,9 @@ class GroupShards(Shards):
         missing = [name for name in self.needed if not hasattr(zero, name)]
         if missing or [int(size) for size in zero.partition_size] != self._sizes[:-1]:
             raise other_version(deepspeed, missing or ["partition_size as expected"])
-        self._zero = zero
+        self._zero, self.masters = zero, list(zero.single_partition_of_fp32_groups)
         self._finish(self._shapes)
         self.load(self.weights())
-
-    @property
-    def masters(self) -> list[Any]:
-        return list(self._zero.single_partition_of_fp32_groups)
 
     def gradients(self) -> Buffers:
         """Views of what DeepSpeed will apply; its lists of pieces are joined first and given back joined."""
@@ -289,12 +285,6 @@ class GroupShards(Shards):
             if part:
                 own = flat[rank * part : (rank + 1) * part].copy_(weight)
                 dist.all_gather_into_tensor(flat, own.clone(), group=group)
-
-    def hold(self, gather: bool) -> None:
-        """Nothing: the weights are whole."""
-
-    def release(self) -> None:
-        """Nothing: the weights are whole."""
 
     def fill_missing(self) -> None:
         """A gradient of zeros where none arrived, so that every rank reduces the same."""

@@ -211,6 +211,10 @@ def make_engine(task: Task[Any], config: Config, stage: StageConfig, mesh: Mesh)
     if mesh.layout.zero_stage == 0:
         return PlainEngine(module, options, mesh)
     settings = deepspeed_config(config.parallel, mesh.layout, stage.precision, config.deepspeed.extra)
+    if mesh.rank == 0:
+        path = Path(config.run_dir) / f"deepspeed-{stage.name}.json"
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        log.info("stage %s: DeepSpeed's configuration is in %s", stage.name, path)
     return ZeroEngine(module, options, mesh, settings, task.initial, mesh.layout.gather_once)
 
 
