@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from unicom_dist.config.layout import Layout, Recompute
 from unicom_dist.config.schema import PriorConfig
+from unicom_dist.parallel.deepspeed_config import REDUCE_ELEMENTS
 from unicom_dist.plan.parameters import Sizes, layer_parameters, pp_ranks, rank_parameters
 
 CHUNK_LOGITS = 1 << 25  # of the language head, see parallel/cross_entropy.py
-REDUCE_BUCKET = 500_000_000  # elements of DeepSpeed's gradient bucket in ZeRO-3, allocated whole at the start
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def rank_memory(
     elif layout.zero_stage == 3:
         weights = element * shard
         whole = held if layout.gather_once else _working_set(prior, sizes, layout, last or pp_rank == 0)
-        gathered = element * whole + 4 * REDUCE_BUCKET
+        gathered = element * whole + 4 * REDUCE_ELEMENTS  # DeepSpeed allocates its bucket whole, at the start
     flight = in_flight(layout, batch.micro_batches, pp_rank)
     activations = rank_layer_activations(prior, layout, element) * batch.positions * layers * flight
     if layout.recompute == "full":
