@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unicom_dist.config.schema import JointConfig, StageConfig
+from unicom_dist.config.errors import CollapseError
+from unicom_dist.config.schema import JointConfig, PriorConfig, StageConfig
 from unicom_dist.models import joint
 from unicom_dist.models.attention import AttentionPlan
 from unicom_dist.models.backbone import Part
@@ -15,7 +16,9 @@ from unicom_dist.models.joint import JointPrior
 from unicom_dist.models.latent_statistics import Moments, effective_rank
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.objective.terms import joint_counts, joint_terms, total
-from unicom_dist.testing.joint import FEATURE_STATS, LATENT, LATENT_STATS, joint_batch, joint_prior
+from unicom_dist.testing.joint import FEATURE, FEATURE_STATS, LATENT, LATENT_STATS, joint_batch, joint_prior
+from unicom_dist.testing.layouts import merged
+from unicom_dist.train.collapse import Spread, check_spread
 
 STAGE = StageConfig(
     name="joint",
@@ -101,7 +104,7 @@ def test_the_target_carries_no_gradient_and_the_input_does(monkeypatch: pytest.M
 def test_neither_loss_gradients_nor_statistics_depend_on_the_cut() -> None:
     whole, cut = joint_prior(), joint_prior()
     batches = [joint_batch([sample], seed) for seed, sample in enumerate(SAMPLES)]
-    one = loss_of(whole, [joined(batches)])
+    one = loss_of(whole, [merged(batches)])
     several = loss_of(cut, batches)
     torch.testing.assert_close(one, several)
     for name, grad in gradients(whole).items():
@@ -111,29 +114,6 @@ def test_neither_loss_gradients_nor_statistics_depend_on_the_cut() -> None:
     torch.testing.assert_close(whole.statistics.mean, cut.statistics.mean)
     torch.testing.assert_close(whole.statistics.var, cut.statistics.var)
     assert not torch.allclose(whole.statistics.mean, LATENT_STATS.mean)
-
-
-def joined(batches: list[PackedBatch]) -> PackedBatch:
-    """Batches end to end on one axis."""
-    starts, samples, length, number = [], [], 0, 0
-    for batch in batches:
-        starts.append(length)
-        samples.append(number)
-        length, number = length + batch.num_positions, number + len(batch.keys)
-    shifts = {"index": starts, "sample": samples}
-
-    def cat(name: str) -> Tensor:
-        by = shifts.get(name.rsplit("_", 1)[-1], [0] * len(batches))
-        return torch.cat([getattr(batch, name) + shift for batch, shift in zip(batches, by, strict=True)])
-
-    names = [name for name in PackedBatch.__slots__ if isinstance(getattr(batches[0], name), Tensor)]
-    segments = [
-        replace(segment, sample=segment.sample + first)
-        for batch, first in zip(batches, samples, strict=True)
-        for segment in batch.segments
-    ]
-    keys = [key for batch in batches for key in batch.keys]
-    return replace(batches[0], segments=segments, keys=keys, tasks=keys, **{name: cat(name) for name in names})
 
 
 def test_parts_called_in_sequence_equal_one_process() -> None:
@@ -221,3 +201,68 @@ def test_effective_rank_counts_directions() -> None:
     assert effective_rank(torch.diag(torch.tensor([1.0, 1, 0, 0]))) == pytest.approx(2)
     assert effective_rank(torch.ones(4, 4)) == pytest.approx(1)
     assert effective_rank(torch.zeros(3, 3)) == 0
+
+
+def latents_after(steps: int, lambda_recon: float) -> tuple[Spread, Spread]:
+    """(start, end) of latents of features with four directions, trained with lambda_flow = 5 on four batches."""
+    small = PriorConfig(hidden=16, layers=1, heads=2, kv_heads=1, ffn=32, max_grid=8)
+    stage = STAGE.model_copy(update={"lambda_text": 1.0, "joint": JointConfig(enabled=True, lambda_recon=lambda_recon)})
+    module, draw = joint_prior(small, momentum=0.05), torch.Generator().manual_seed(5)
+    directions = torch.randn(4, FEATURE, generator=draw) / 2
+    batches = []
+    for seed in range(4):
+        batch = joint_batch([[("text", 3), ("latent", 16), ("text", 2)]] * 4, seed)
+        features = torch.randn(64, 4, generator=draw) @ directions + 0.1 * torch.randn(64, FEATURE, generator=draw)
+        batches.append(replace(batch, target_features=features * FEATURE_STATS.std + FEATURE_STATS.mean))
+    statistics = module.statistics
+    statistics.momentum = 1.0  # as the latents stage measures them
+    module(merged(batches))
+    statistics.update(lambda sums: sums)
+    statistics.momentum = 0.05
+    start = Spread(statistics.std, effective_rank(statistics.take_window().covariance()))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, betas=(0.9, 0.95), foreach=False)
+    for step in range(steps):
+        batch = batches[step % 4]
+        optimizer.zero_grad()
+        total(joint_terms(module(batch), batch, stage), joint_counts(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        if step == steps - 20:
+            statistics.take_window()
+        statistics.update(lambda sums: sums)
+    return start, Spread(statistics.std, effective_rank(statistics.take_window().covariance()))
+
+
+@pytest.mark.parametrize(
+    ("detached", "lambda_recon", "sign"),
+    [
+        (False, 0.0, "deviation is"),  # the target gives way: latents shrink, faster than their statistics follow
+        (True, 0.0, "effective rank is"),  # all channels say the same, through which the noise averages out
+        (True, JointConfig().lambda_recon, ""),
+    ],
+)
+def test_collapse_is_detected_and_does_not_happen_as_configured(
+    monkeypatch: pytest.MonkeyPatch, detached: bool, lambda_recon: float, sign: str
+) -> None:
+    if not detached:
+        monkeypatch.setattr(joint, "held", lambda latents: latents)
+    start, end = latents_after(140, lambda_recon)
+    limits = JointConfig(enabled=True)
+    check_spread(start, start, limits, "joint", 0)
+    if not sign:
+        check_spread(end, start, limits, "joint", 140)
+        return
+    with pytest.raises(CollapseError, match=sign) as caught:
+        check_spread(end, start, limits, "joint", 140)
+    assert caught.value.exit_code == 6
+    assert all((caught.value.what, caught.value.why, caught.value.remedy, caught.value.docs))
+    check_spread(end, start, JointConfig(enabled=True, collapse=0.0), "joint", 140)
+
+
+def test_a_collapse_names_its_channels() -> None:
+    start = Spread(torch.ones(8), 6.0)
+    now = Spread(torch.tensor([1, 0.01, 0.02, 0.05, 1, 1, 1, 0.09]), 5.0)
+    with pytest.raises(CollapseError, match=r"smallest channel deviation is 0\.01, it was 1 \(channels 1-3, 7\)"):
+        check_spread(now, start, JointConfig(enabled=True), "joint", 7)
+    unmeasured = Spread(torch.ones(8), 0.0)
+    check_spread(unmeasured, start, JointConfig(enabled=True), "joint", 7)

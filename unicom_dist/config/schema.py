@@ -229,7 +229,7 @@ class JointConfig(Section):
     """A prior stage that goes on training the codec's compressor, which makes the latents, together with the backbone."""
 
     enabled: bool = Field(False, description="prior: train the compressor too, from the encoder's features")
-    lambda_recon: NonNegative = Field(1.0, description="weight of the mean squared error of the features rebuilt from the latents, in variances of their channels")
+    lambda_recon: NonNegative = Field(20.0, description="weight of the mean squared error of the features rebuilt from the latents, in variances of their channels")
     momentum: float = Field(0.01, gt=0, le=1, description="weight of a step in the running mean and variance by which the latents are normalised")
     collapse: Fraction = Field(0.1, description="the run ends when the latents' spread or effective rank falls below this share of what it was; 0 = never")
 

@@ -6,6 +6,7 @@ held-out loss of the averages.
 Shapes as in `models/segments.py`.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,16 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from unicom_dist.config.layout import Layout
-from unicom_dist.config.schema import Config, ParallelConfig, PriorConfig, StageConfig
+from unicom_dist.config.schema import (
+    CodecConfig,
+    CompressorConfig,
+    Config,
+    ParallelConfig,
+    PriorConfig,
+    StageConfig,
+)
+from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.init import Source, fill, generator_for
+from unicom_dist.models.joint import JointPrior
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.transfusion import Transfusion
-from unicom_dist.objective.terms import prior_counts, prior_terms, total
+from unicom_dist.objective.terms import joint_counts, joint_terms, prior_counts, prior_terms, total
 from unicom_dist.parallel.engine import Buffers, Engine, Piece, decay_groups, whole_tensors
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.tiny_batch import Stretch, tiny_batch
+from unicom_dist.train.collapse import Spread
 from unicom_dist.train.ema import Ema
 from unicom_dist.train.execution import Execution, LossSums, Terms
+from unicom_dist.train.joint import JointTask
 from unicom_dist.train.loop import Run, make_engine, train_step
 from unicom_dist.train.schedule import learning_rate
 from unicom_dist.train.signals import StopRequest
@@ -32,6 +44,9 @@ from unicom_dist.train.watchdog import Watchdog
 
 VOCABULARY, LATENT, FEATURE = 67, 5, 7  # 67 does not divide by anything
 PRIOR = PriorConfig(hidden=32, layers=5, heads=4, kv_heads=2, ffn=48, max_grid=8, tie_embeddings=False)
+COMPRESSOR = CompressorConfig(channels=LATENT, heads=2, attention_width=8, expanded=6)
+LATENTS = LatentStats(torch.linspace(-0.3, 0.3, LATENT), torch.linspace(0.5, 1.5, LATENT))
+FEATURES = LatentStats(torch.linspace(-1, 1, FEATURE), torch.linspace(0.5, 2, FEATURE))
 STEPS, PIECES = 5, 8
 
 # The pieces of a step, from which micro-batches are made. One has no image, one no text, one no label at all.
@@ -56,6 +71,7 @@ class Case:
     precision: str = "float32"
     trainable: str = "all"
     merge: int = 1  # pieces per micro-batch
+    joint: bool = False  # with the compressor
 
     @property
     def config(self) -> Config:
@@ -64,8 +80,10 @@ class Case:
         stage = StageConfig.model_validate(
             {"name": "prior", "kind": "prior", "steps": STEPS, "batch": PIECES, "lr": 1e-2, "warmup": 2, "clip": 0.3}
             | {"eps": 1e-5, "weight_decay": 0.1, "ema": 0.5, "precision": self.precision, "trainable": self.trainable}
+            | {"joint": {"enabled": self.joint, "momentum": 0.3}}
         )
-        return Config(name="layouts", run_dir=".", prior=prior, stages=[stage])
+        codec = CodecConfig(compressor=COMPRESSOR)
+        return Config(name="layouts", run_dir=".", codec=codec, prior=prior, stages=[stage])
 
     @property
     def like(self) -> "Case":
@@ -100,6 +118,12 @@ def piece_of(step: int, number: int) -> PackedBatch:
     return tiny_batch(SAMPLES[number], VOCABULARY, LATENT, FEATURE, seed=100 * step + number)
 
 
+def with_features(piece: PackedBatch, step: int, number: int) -> PackedBatch:
+    """The piece with features of the images to be denoised instead of their latents."""
+    features = torch.randn(piece.latents.shape[0], FEATURE, generator=generator_for(step, f"features {number}"))
+    return replace(piece, latents=torch.full_like(piece.latents, torch.nan), target_features=features)
+
+
 def merged(pieces: Sequence[PackedBatch]) -> PackedBatch:
     """The pieces one after the other on one axis."""
     first, *others = pieces
@@ -107,7 +131,7 @@ def merged(pieces: Sequence[PackedBatch]) -> PackedBatch:
         positions, samples = first.num_positions, len(first.keys)
         values: dict[str, Any] = {}
         rows = ("rope_positions", "token_ids", "label_ids", "latents", "noise", "t", "latent_grid", "features")
-        for name in (*rows, "feature_grid"):
+        for name in (*rows, "feature_grid", "target_features"):
             values[name] = torch.cat([getattr(first, name), getattr(piece, name)])
         for name in ("token_index", "label_index", "latent_index", "feature_index"):
             values[name] = torch.cat([getattr(first, name), getattr(piece, name) + positions])
@@ -137,17 +161,30 @@ class LayoutTask(PriorTask):
         return {"tokens": float(batch.token_ids.shape[0])}
 
 
+class JointLayoutTask(JointTask):
+    """A joint stage without data on disk."""
+
+    def __init__(self, config: Config) -> None:
+        Task.__init__(self, config, config.stages[0])
+        self._stats, self._features = LATENTS, FEATURES
+        self._start, self._model, self._continues = Spread(LATENTS.std, 0.0), None, False
+
+    sizes, source, amounts = LayoutTask.sizes, LayoutTask.source, LayoutTask.amounts
+
+
 class Pieces:
     """The loader: a dp coordinate's consecutive share of each step's pieces, `merge` of them per micro-batch."""
 
     def __init__(self, case: Case, mesh: Mesh) -> None:
         share = PIECES // mesh.dp.size
         self._numbers = range(mesh.dp.rank * share, (mesh.dp.rank + 1) * share)
-        self._merge, self._step = case.merge, 0
+        self._merge, self._step, self._joint = case.merge, 0, case.joint
 
     def next_step(self) -> list[PackedBatch]:
         """The next step's."""
         pieces = [piece_of(self._step, number) for number in self._numbers]
+        if self._joint:
+            pieces = [with_features(piece, self._step, n) for n, piece in zip(self._numbers, pieces, strict=True)]
         self._step += 1
         return [merged(pieces[n : n + self._merge]) for n in range(0, len(pieces), self._merge)]
 
@@ -177,12 +214,15 @@ class Recorder:
 
 def train(case: Case, mesh: Mesh, parallel: ParallelConfig | None = None) -> Outcome:
     """Train `case` on the ranks of `mesh`, whose layout is the case's. Collective over the world."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = case.config.model_copy(update={"run_dir": folder, "parallel": parallel or ParallelConfig()})
+        return _train(case, config, mesh)
+
+
+def _train(case: Case, config: Config, mesh: Mesh) -> Outcome:
     torch.manual_seed(mesh.rank)  # nothing may depend on it
-    config = case.config
-    if parallel is not None:
-        config = config.model_copy(update={"parallel": parallel})
     stage = config.stages[0]
-    task, dog = LayoutTask(config), Watchdog()
+    task, dog = JointLayoutTask(config) if case.joint else LayoutTask(config), Watchdog()
     engine = make_engine(task, config, stage, mesh)
     ema = Ema(engine.state()["weight"], stage.ema)
     outcome, loader, store = Outcome(), Pieces(case, mesh), None
@@ -198,11 +238,13 @@ def train(case: Case, mesh: Mesh, parallel: ParallelConfig | None = None) -> Out
     outcome.exp_avg = _whole(mesh, engine, state["exp_avg"])
     outcome.exp_avg_sq = _whole(mesh, engine, state["exp_avg_sq"])
     outcome.weight, outcome.ema = _whole(mesh, engine, state["weight"]), _whole(mesh, engine, ema.buffers)
+    if case.joint and mesh.rank == 0:
+        outcome.weight |= statistics_of(engine.module)
     batches, sums = Pieces(case, mesh).next_step(), LossSums()
     with engine.using(ema.buffers):
         for terms in execution.terms(batches):
             sums.add(terms)
-    outcome.heldout = {name: pair[0] for name, pair in sums.take(["text", "flow"], mesh).items()}
+    outcome.heldout = {name: pair[0] for name, pair in sums.take(list(task.counts(batches[0])), mesh).items()}
     train_step(run, Recorder(mesh, Outcome()))  # type: ignore[arg-type]  # the weights are the trained ones again
     engine.close()
     return outcome
@@ -213,6 +255,11 @@ def by_hand(case: Case) -> Outcome:
     config, outcome = case.config, Outcome()
     stage = config.stages[0]
     model = Transfusion(config.prior, VOCABULARY, LATENT, FEATURE)
+    terms_of, counts_of = prior_terms, prior_counts
+    if case.joint:
+        momentum = stage.joint.momentum
+        model = JointPrior(config.prior, COMPRESSOR, VOCABULARY, LATENTS, FEATURES, momentum)
+        terms_of, counts_of = joint_terms, joint_counts
     fill(model, source)
     model.train_only(case.trainable)  # type: ignore[arg-type]
     matrices, vectors, _ = decay_groups(model)
@@ -223,9 +270,11 @@ def by_hand(case: Case) -> Outcome:
     )
     trained = dict([*matrices, *vectors])
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    alone = Mesh(0, 1, torch.device("cpu"))
+    steps = Pieces(case.like, alone)
     for step in range(STEPS):
-        batch = merged([piece_of(step, number) for number in range(PIECES)])
-        terms, counts = prior_terms(model(batch), batch, stage), prior_counts(batch)
+        (batch,) = steps.next_step()
+        terms, counts = terms_of(model(batch), batch, stage), counts_of(batch)
         loss = total(terms, counts)
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -235,22 +284,30 @@ def by_hand(case: Case) -> Outcome:
         for group in adam.param_groups:
             group["lr"] = learning_rate(stage, step)
         adam.step()
+        if isinstance(model, JointPrior):
+            model.statistics.update(lambda sums: sums)
         decay = min(stage.ema, (2 + step) / (11 + step))
         for name, p in model.named_parameters():
             ema[name].mul_(decay).add_(p.detach(), alpha=1 - decay)
-        losses = {name: float(term.sum) / counts[name] for name, term in terms.items()}
+        losses = {name: float(term.sum.detach()) / counts[name] for name, term in terms.items()}
         outcome.losses.append(losses | {"total": float(loss), "tokens": float(batch.token_ids.shape[0])})
         outcome.norms.append(float(norm))
     outcome.exp_avg = {name: adam.state[p]["exp_avg"] for name, p in trained.items()}
     outcome.exp_avg_sq = {name: adam.state[p]["exp_avg_sq"] for name, p in trained.items()}
     outcome.weight, outcome.ema = {name: p.detach().clone() for name, p in model.named_parameters()}, ema
+    outcome.weight |= statistics_of(model) if case.joint else {}
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(ema[name])
-        batch = merged([piece_of(0, number) for number in range(PIECES)])
-        terms = prior_terms(model(batch), batch, stage)
+        (batch,) = Pieces(case.like, alone).next_step()
+        terms = terms_of(model(batch), batch, stage)
     outcome.heldout = {name: float(term.sum) for name, term in terms.items()}
     return outcome
+
+
+def statistics_of(model: nn.Module) -> dict[str, Tensor]:
+    """What joint training keeps beside the weights."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name.startswith("statistics.")}
 
 
 def differences(got: Outcome, expected: Outcome) -> dict[str, float]:
