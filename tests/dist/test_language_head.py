@@ -9,8 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from unicom_dist.config.layout import Layout
-from unicom_dist.config.schema import ParallelConfig
+from unicom_dist.config.schema import ParallelConfig, PriorConfig
+from unicom_dist.models.attention import AttentionPlan
+from unicom_dist.models.backbone import Qwen2
 from unicom_dist.models.head import LanguageHead
+from unicom_dist.models.segments import Segment
 from unicom_dist.parallel import cross_entropy
 from unicom_dist.parallel.cross_entropy import VocabShard
 from unicom_dist.parallel.deepspeed_config import deepspeed_config
@@ -23,6 +26,7 @@ from unicom_dist.testing.distributed import run_ranks
 pytestmark = pytest.mark.dist
 WIDTH, LABELS, WORLD = 6, 13, 2
 VOCABULARIES = [30, 29, 1]  # even; a padded row; a rank with nothing but padding
+MODES = ["none", "selective", "full"]
 Result = dict[str, torch.Tensor]
 
 
@@ -81,6 +85,22 @@ class Tied(nn.Module):
         return self.head(self.mix(self.embedding(ids)), ids.flip(0))
 
 
+class Recomputing(nn.Module):
+    """Embedding, two layers and head, with activations recomputed."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        prior = PriorConfig(hidden=8, layers=2, heads=2, kv_heads=1, ffn=12, tie_embeddings=False)
+        self.backbone = Qwen2(prior, 29, seed=3)
+        self.backbone.model.recompute = mode
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        tokens = torch.cat([ids, ids.new_zeros(1)])  # a position without a label
+        plan = AttentionPlan.build([Segment(0, "causal", len(tokens))], torch.float32)
+        hidden = self.backbone.model(self.backbone.model.embed_tokens(tokens), torch.arange(len(tokens)), plan)
+        return self.backbone.lm_head(hidden[:-1], ids.flip(0))
+
+
 def train(engine, ranks: list[int]) -> dict[str, torch.Tensor]:
     """Three steps; rank 1 has no labels in the second."""
     for step in range(3):
@@ -104,9 +124,15 @@ def work(rank: int, world: int) -> dict[object, object]:
     result["none"] = split(model, 29, False, labels=0)
     result["megatron"] = megatron(model)
     for tied in (False, True):
-        settings = deepspeed_config(ParallelConfig(), Layout(zero_stage=3), "float32")
+        released = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # not even small weights stay
+        settings = deepspeed_config(ParallelConfig(), Layout(zero_stage=3), "float32", released)
         engine = ZeroEngine(Tied(tied), OptimizerConfig(precision="float32"), replicas, settings)
         result["zero3", tied] = train(engine, [rank])
+        engine.close()
+    for mode in MODES:
+        settings = deepspeed_config(ParallelConfig(), Layout(zero_stage=3), "float32", released)
+        engine = ZeroEngine(Recomputing(mode), OptimizerConfig(precision="float32"), replicas, settings)
+        result["zero3", mode] = train(engine, [rank])
         engine.close()
     return result
 
@@ -157,3 +183,11 @@ def test_zero3_trains_the_head_as_one_process(ranks, tied):
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=3e-6, msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputation_under_zero3_reads_no_released_weight(ranks, mode):
+    alone = PlainEngine(Recomputing("none"), OptimizerConfig(precision="float32"), Mesh(0, 1, torch.device("cpu")))
+    expected = train(alone, [0, 1])
+    for name, weight in expected.items():
+        torch.testing.assert_close(ranks[0]["zero3", mode][name], weight, rtol=1e-5, atol=3e-6, msg=name)
