@@ -10,6 +10,7 @@ the point. Files are in the page cache when they are read.
 
 import argparse
 import gc
+import mmap
 import os
 import shutil
 import sys
@@ -105,10 +106,10 @@ def raw_write(state: dict[str, list[Tensor]], path: Path) -> None:
 
 
 def raw_read(folder: Path) -> None:
-    """Every file of a folder into fresh memory."""
-    for path in sorted(folder.glob("*")):
+    """Every rank's file of a folder into fresh memory."""
+    for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
-            room = memoryview(torch.empty(path.stat().st_size, dtype=torch.uint8).numpy())  # type: ignore[arg-type]
+            room = memoryview(mmap.mmap(-1, path.stat().st_size))  # malloc might hand out memory used before
             while room:
                 room = room[file.readinto(room) or len(room) :]
 

@@ -6,9 +6,9 @@ Equal cuts are read straight into place; differing ones by the rectangles they s
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -102,16 +102,17 @@ class Checkpoint:
         for f, buffers, at in wanted:
             found = 0
             for number, saved in self.fragments(f.name):
+                file = None
                 for part in shared(saved, f):
-                    found += part.numel
+                    file, found = file or self.file(number), found + part.numel
                     for kind, buffer in buffers.items():
                         name, start = f"{kind}/{f.name}", at + part.target
                         if part.consecutive:
-                            position = self.file(number).position(name, part.source, part.numel, buffer.dtype)
+                            position = file.position(name, part.source, part.numel, buffer.dtype)
                             reads.append(_Read(number, position, start, part.numel, buffer))
                         else:
                             place = buffer[start:].as_strided((part.rows, part.columns), (part.target_pitch, 1))
-                            self.file(number).read_columns(name, part.source, part.source_pitch, place)
+                            file.read_columns(name, part.source, part.source_pitch, place)
             if found != f.numel:
                 raise CheckpointError(
                     f"{self.path} holds {found} of {f.numel} values of {f.name}",
@@ -141,8 +142,7 @@ class Checkpoint:
         return SavedTensors(self, kind)
 
 
-@dataclass(frozen=True)
-class _Read:
+class _Read(NamedTuple):
     """Consecutive elements of a file: `buffer[start : start + numel]` is what lies from byte `position` on."""
 
     number: int
@@ -154,18 +154,19 @@ class _Read:
 
 def _merged(reads: list[_Read]) -> Iterator[_Read]:
     """In the order of the files, and as one where both sides go on: under an equal layout few are left."""
-    last: _Read | None = None
-    for read in sorted(reads, key=lambda read: (read.number, read.position)):
-        if last is not None and read.buffer is last.buffer and read.number == last.number:
-            size = last.numel * last.buffer.element_size()
-            if (read.position, read.start) == (last.position + size, last.start + last.numel):
-                last = replace(last, numel=last.numel + read.numel)
-                continue
-        if last is not None:
-            yield last
-        last = read
-    if last is not None:
-        yield last
+    reads.sort(key=itemgetter(0, 1))
+    first = 0
+    while first < len(reads):
+        number, position, start, numel, buffer = reads[first]
+        size, first = buffer.element_size(), first + 1
+        while first < len(reads):
+            follows = reads[first]
+            if follows.buffer is not buffer or follows.number != number:
+                break
+            if (follows.position, follows.start) != (position + numel * size, start + numel):
+                break
+            numel, first = numel + follows.numel, first + 1
+        yield _Read(number, position, start, numel, buffer)
 
 
 class SavedTensors(Mapping[str, Tensor]):
@@ -203,7 +204,9 @@ def read_state(checkpoint: Path, fragments: list[Fragment], like: State, kinds: 
     """
     saved = Checkpoint(checkpoint)
     saved.check(_shapes(fragments), lambda name: True)
-    result: State = {kind: [torch.empty(b.shape, dtype=b.dtype) for b in like[kind]] for kind in kinds}
+    sizes = [buffer.numel() for kind in kinds for buffer in like[kind]]
+    views = iter(torch.split(torch.empty(sum(sizes)), sizes))
+    result: State = {kind: [next(views) for _ in like[kind]] for kind in kinds}
     wanted = []
     for f in fragments:
         held = {kind: result[kind][f.group] for kind in kinds if kind in saved.kinds[f.name]}

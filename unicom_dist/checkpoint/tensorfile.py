@@ -8,7 +8,6 @@ Ref: https://github.com/huggingface/safetensors (format section).
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -131,10 +130,11 @@ class TensorFile:
         entry = self._entries.get(name)
         if entry is None:
             raise self.damaged(f"there is no {name}")
-        if _DTYPES.get(entry["dtype"]) != dtype or start + numel > math.prod(entry["shape"]):
+        first, end = entry["data_offsets"]
+        if _DTYPES.get(entry["dtype"]) != dtype or (start + numel) * dtype.itemsize > end - first:
             asked = f"elements up to {start + numel} of {dtype}"
             raise self.damaged(f"{name} is {entry['dtype']} {entry['shape']}, wanted are {asked}")
-        return int(self._data + entry["data_offsets"][0] + start * dtype.itemsize)
+        return int(self._data + first + start * dtype.itemsize)
 
     def read_at(self, position: int, target: Tensor) -> None:
         """Fill `target` [n], contiguous on the CPU, with what lies from byte `position` on."""
