@@ -1,6 +1,7 @@
 """A joint stage between a prior and a decoder stage, on one rank: start, statistics, collapse, export. One process."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,17 @@ import torch
 from safetensors.torch import load_file
 from training_run import tiny_run, write_stats
 
-from unicom_dist.config.errors import CheckpointError
+from unicom_dist.config.errors import CheckpointError, CollapseError, Preempted
 from unicom_dist.config.explain import write_config
-from unicom_dist.config.schema import Config
+from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.sample.pipeline import UniComPipeline
 from unicom_dist.tracking.metrics import read_metrics
+from unicom_dist.train.loop import train_stage
 from unicom_dist.train.pipeline import run
+from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.tasks import make_task
+from unicom_dist.train.watchdog import Watchdog
 
 PRIOR = {
     "kind": "prior",
@@ -28,6 +32,23 @@ PRIOR = {
 }
 CODEC = {"name": "codec", "kind": "codec", "steps": 2, "batch": 4, "precision": "float32", "log_every": 1}
 JOINT = {**PRIOR, "name": "joint", "steps": 4, "lr": 1e-3, "mixture": {"text": 1, "text_to_image": 3}}
+
+
+class StopAfter(StopRequest):
+    """Asks to stop once so many steps are finished."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._left = steps
+
+    @property
+    def requested(self) -> bool:
+        self._left -= 1
+        return self._left == 0
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        pass
 
 
 def recipe(folder: Path, **changes) -> Config:
@@ -104,9 +125,53 @@ def test_the_decoder_stage_keeps_the_compressor_and_goes_with_the_prior(finished
 
 
 def test_a_decoder_of_another_compressor_is_refused(finished, tmp_path):
-    import shutil
-
     shutil.copytree(finished.run_dir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "weights" / "decoder")
     with pytest.raises(CheckpointError, match="trainable: decoder"):
         UniComPipeline.from_pretrained(tmp_path / "run")
+
+
+def again(finished: Config, folder: Path, **changes) -> Config:
+    """The finished run up to its joint stage, which is changed, elsewhere."""
+    target = folder / "run"
+    shutil.copytree(finished.run_dir, target)
+    for part in ("weights", "checkpoints"):
+        for stage in ("joint", "decoder"):
+            shutil.rmtree(target / part / stage, ignore_errors=True)
+    stages = [
+        StageConfig.model_validate({**stage.model_dump(), **changes}) if stage.name == "joint" else stage
+        for stage in finished.stages
+    ]
+    return finished.model_copy(update={"run_dir": str(target), "stages": stages})
+
+
+def train_joint(config: Config, stop_after: int = 0) -> None:
+    stage = config.stage("joint")
+    train_stage(config, stage, Mesh(0, 1, torch.device("cpu")), StopAfter(stop_after), Watchdog(), None)
+
+
+def test_an_interrupted_stage_ends_bit_equal_statistics_included(finished, tmp_path):
+    config = again(finished, tmp_path)
+    with pytest.raises(Preempted):
+        train_joint(config, stop_after=2)
+    train_joint(config)
+    for name in ("model.safetensors", "compressor/model.safetensors"):
+        one, two = (load_file(weights(each, "joint") / name) for each in (finished, config))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    one, two = (json.loads((weights(each, "joint") / "config.json").read_text()) for each in (finished, config))
+    assert one["joint"] == two["joint"]
+    assert one["codec_fingerprint"] == two["codec_fingerprint"]
+
+
+def test_a_collapse_ends_the_stage_with_status_6_and_keeps_the_checkpoint_before(finished, tmp_path):
+    joint = {
+        "enabled": True,
+        "collapse": 0.985,
+    }  # the tiny codec's latents are narrower than the statistics it is given
+    config = again(finished, tmp_path, checkpoint_every=1, steps=20, joint=joint)
+    with pytest.raises(CollapseError, match=r"the latents of stage 'joint' collapsed by step ([2-9]|1\d)") as caught:
+        train_joint(config)
+    assert caught.value.exit_code == 6
+    assert [path.name for path in (Path(config.run_dir) / "checkpoints" / "joint").glob("step-*/COMPLETE")]
+    assert not weights(config, "joint").exists()
