@@ -53,7 +53,15 @@ Method = Callable[[int], float]  # steps -> CPU seconds of exactly those steps
 def configure(folder: Path, zero_stage: int = 0, write: bool = True) -> Config:
     """The tiny recipe with a prior stage that logs as a real one does; `write`: its data as well."""
     prior = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 192, "layers": 2}
-    stage = {"steps": 1 << 30, "batch": 1, "row_positions": 96, "lr": LR, "warmup": 0, "log_every": LOG_EVERY}
+    stage = {
+        "steps": 1 << 30,
+        "batch": 1,
+        "micro_batches": 1,
+        "row_positions": 96,
+        "lr": LR,
+        "warmup": 0,
+        "log_every": LOG_EVERY,
+    }
     engine = {"zero_stage": zero_stage}
     config = tiny_config(folder, prior=prior, parallel=engine, stages={"pretrain": {**stage, "clip": CLIP}})
     # The stage before it, which it would start from, is left out.

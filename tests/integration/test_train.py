@@ -105,7 +105,7 @@ def test_a_stage_starts_from_the_weights_of_the_one_before(finished):
 
 def test_cutting_a_step_into_micro_batches_changes_nothing(finished, tmp_path):
     config, _ = finished
-    cut = tiny_run(tmp_path, stages={name: {"micro_batches": 2} for name in STAGES})
+    cut = tiny_run(tmp_path, stages={name: {"micro_batches": 4} for name in STAGES})
     for stage in ("codec", "alignment"):
         write_stats(cut)
         run(cut, write_stats, only=stage)
@@ -144,7 +144,7 @@ def test_ranks_that_somebody_else_started_join_and_train_the_same(finished, tmp_
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(finished):
     config, _ = finished
-    with pytest.raises(ConfigError, match=r"stages\.codec\.batch = 4 with 3 replicas"):
+    with pytest.raises(ConfigError, match=r"stages\.codec\.batch = 8 with 3 replicas"):
         check_ranks(config, 3)
 
 

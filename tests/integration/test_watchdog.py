@@ -51,7 +51,7 @@ def test_a_rank_that_does_not_get_on_ends_the_run_and_every_rank_says_where_it_w
     began = time.monotonic()
     code, out = finish(process)
     assert code == 7, out
-    assert how == "asleep" or time.monotonic() - began < STALL_S + 10
+    assert how == "asleep" or time.monotonic() - began < STALL_S + 15  # also on a busy machine
     assert f"a step did not end within {STALL_S} s" in out
     assert "rank 0 was at: " in out
     assert "Traceback" not in out

@@ -17,8 +17,9 @@ def tiny_batch(
     draw = torch.Generator().manual_seed(seed)
     where: dict[str, list[int]] = {what: [] for what in MODES}
     grids: dict[str, list[tuple[int, int]]] = {what: [] for what in MODES}
-    segments, rope, times = [], [], []
-    labels, label_sample, latent_sample, place = [], [], [], 0
+    segments, times, label_sample, latent_sample, place = [], [], [], [], 0
+    rope: list[int] = []
+    labels: list[int] = []
     for number, stretches in enumerate(samples):
         position = 0
         for what, length in stretches:
