@@ -8,6 +8,7 @@ from PIL import Image
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.data.samples import Content, collate, grid_positions
 from unicom_dist.data.text import Vocabulary
+from unicom_dist.models.attention import AttentionPlan
 from unicom_dist.models.encoders import EncodedImage
 from unicom_dist.models.encoders.random import CHANNELS
 from unicom_dist.sample.loading import LoadedPrior
@@ -127,7 +128,8 @@ def test_greedy_caption_follows_the_training_layout(pipeline):
     layout = pipeline.layouts.image_to_text("a red circle", item.grid)
     batch = collate([Content("", layout, torch.from_numpy(item.features))], prior.latent_channels, CHANNELS)
     with torch.no_grad():
-        logits, _ = prior(batch)
+        hidden = prior.hidden(batch, AttentionPlan.build(batch.segments, prior.dtype))
+        logits = prior.backbone.lm_head.logits(hidden[batch.label_index])
     first = vocabulary.decode([int(logits[0].argmax())]).strip()
     assert pipeline.understand(item, max_tokens=1) == first
 
