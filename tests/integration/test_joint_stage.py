@@ -165,10 +165,8 @@ def test_an_interrupted_stage_ends_bit_equal_statistics_included(finished, tmp_p
 
 
 def test_a_collapse_ends_the_stage_with_status_6_and_keeps_the_checkpoint_before(finished, tmp_path):
-    joint = {
-        "enabled": True,
-        "collapse": 0.985,
-    }  # the tiny codec's latents are narrower than the statistics it is given
+    # The statistics it is given are wider than the codec's latents are.
+    joint = {"enabled": True, "momentum": 0.3, "collapse": 0.7}
     config = again(finished, tmp_path, checkpoint_every=1, steps=20, joint=joint)
     with pytest.raises(CollapseError, match=r"the latents of stage 'joint' collapsed by step ([2-9]|1\d)") as caught:
         train_joint(config)
