@@ -7,9 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from unicom_dist.config.schema import CodecConfig, CompressorConfig, DecoderConfig, PriorConfig
 from unicom_dist.models.attention import visible
 from unicom_dist.models.codec import Codec, CodecBatch
+from unicom_dist.models.compressor import Compressor
+from unicom_dist.models.joint import Reconstruction
 from unicom_dist.models.segments import PackedBatch, Segment
 from unicom_dist.models.transfusion import Transfusion
-from unicom_dist.tracking.flops import codec_flops, forward_flops, measure_peak, prior_flops, visible_pairs
+from unicom_dist.tracking.flops import codec_flops, forward_flops, measure_peak, prior_flops, token_flops, visible_pairs
 
 LINEAR = ("mm", "addmm")
 VOCAB, D, FEATURES = 50, 8, 24
@@ -116,6 +118,16 @@ def test_padded_tokens_add_no_flops() -> None:
         return CodecBatch(zeros, features, mask, grid, zeros, torch.zeros(1), latents, torch.zeros(1), ["a"])
 
     assert codec_flops(codec, batch(4, 4)) == codec_flops(codec, batch(4, 9)) < codec_flops(codec, batch(5, 9))
+
+
+def test_flops_of_compressor_and_reconstruction_equal_the_counter() -> None:
+    """The counter leaves CPU attention out: 12 per channel and pair of tokens."""
+    config = CompressorConfig(channels=8, heads=2, attention_width=16, expanded=24)
+    towers = [Compressor(config, 32), Reconstruction(config, 32)]
+    with FlopCounterMode(display=False) as counter:
+        towers[1](towers[0](torch.randn(1, 40, 32)), None).square().sum().backward()
+    assert token_flops(towers, [40]) - 12 * 40**2 * (16 + 16) == linear_flops(counter)
+    assert token_flops(towers, [3, 5]) == token_flops(towers, [3]) + token_flops(towers, [5])
 
 
 def test_forward_flops_of_a_product() -> None:
