@@ -20,7 +20,7 @@ from unicom_dist.parallel.mesh import Mesh, init_mesh
 from unicom_dist.testing.distributed import run_ranks
 from unicom_dist.testing.layouts import Case, Outcome, by_hand, differences, train, worst
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(1600)]
 RELATIVE, LOOSE = 1e-5, 0.15  # in float32; in bfloat16, which keeps 8 bits
 
 
@@ -116,12 +116,12 @@ def parallel_of(layout: Layout) -> ParallelConfig:
 
 @pytest.fixture(scope="module")
 def four():
-    return run_ranks(work, 4, chosen(FOUR), timeout_s=700)
+    return run_ranks(work, 4, chosen(FOUR), timeout_s=1500)
 
 
 @pytest.fixture(scope="module")
 def eight():
-    return run_ranks(work, 8, chosen(EIGHT), timeout_s=700)
+    return run_ranks(work, 8, chosen(EIGHT), timeout_s=1500)
 
 
 @pytest.fixture(scope="module")
