@@ -222,12 +222,36 @@ def test_noise_follows_key_and_visit(config: Config) -> None:
 def test_latents_are_normalised_by_the_stats(config: Config, vocabulary: Vocabulary) -> None:
     pairs = ShardSet(Path(config.data.path) / "train", {"latent": Path(config.run_dir) / "latents" / "train"})
     stored = {pairs.key(n): np.load(io.BytesIO(pairs[n].parts["latent"]["latent.npy"])) for n in range(len(pairs))}
-    with prior(config, vocabulary) as loader:
+    with prior(config, vocabulary, micro_batches=1) as loader:
         (batch,) = loader.next_step()
     for number, key in enumerate(batch.keys):
         if batch.tasks[number] == "text_to_image":
             raw = batch.latents[batch.latent_sample == number] * STATS.std + STATS.mean
             assert torch.allclose(raw, torch.from_numpy(stored[key]).float(), atol=1e-5)
+
+
+def test_a_joint_stage_has_features_in_place_of_latents_and_the_same_noise(
+    config: Config, vocabulary: Vocabulary
+) -> None:
+    kind = config.encoder.kind
+    pairs = ShardSet(Path(config.data.path) / "train", {kind: Path(config.data.path) / "train"})
+    stored = {pairs.key(n): np.load(io.BytesIO(pairs[n].parts[kind]["features.npy"])) for n in range(len(pairs))}
+    with (
+        prior(config, vocabulary, micro_batches=1, joint={"enabled": True}) as joint,
+        prior(config, vocabulary, micro_batches=1) as plain,
+    ):
+        for _ in range(3):
+            (batch,), (other,) = joint.next_step(), plain.next_step()
+            assert other.target_features.shape[0] == 0
+            assert batch.latents.isnan().all()
+            assert batch.latents.shape == other.latents.shape
+            differing = ("latents", "target_features")
+            same_in_both = [f.name for f in fields(batch) if f.name not in differing]
+            assert all(same(getattr(batch, name), getattr(other, name)) for name in same_in_both)
+            for number, key in enumerate(batch.keys):
+                mine = batch.target_features[batch.latent_sample == number]
+                if batch.tasks[number] == "text_to_image":
+                    assert torch.equal(mine, torch.from_numpy(stored[key]))
 
 
 def test_the_mixture_is_exact_over_samples(config: Config, vocabulary: Vocabulary) -> None:
