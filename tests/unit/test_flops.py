@@ -68,8 +68,8 @@ def test_prior_flops_equal_the_counter_without_attention(frozen: bool) -> None:
     model.train_only("connector" if frozen else "all")
     torch.nn.init.normal_(model.flow_head.out.weight)
     with FlopCounterMode(display=False) as counter:
-        logits, velocity = model(batch)
-        (logits.float().square().sum() + velocity.square().sum()).backward()
+        losses, velocity = model(batch)
+        (losses.sum() + velocity.square().sum()).backward()
     attention = 12 * config.layers * config.hidden * visible_pairs(batch.segments)
     expected = prior_flops(config, batch, VOCAB, backbone_frozen=frozen) - attention
     assert expected == pytest.approx(linear_flops(counter), rel=0.01)
