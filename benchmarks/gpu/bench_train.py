@@ -452,7 +452,9 @@ def main(arguments: list[str] | None = None) -> int:
     if cuda:
         goals += goals_of(found)
     print(f"\nGEMM of this run: {gemm / 1e12:.3g} TFLOP/s; {sheet.source if sheet else 'no data sheet: CPU'}\n")
-    what = {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if cuda else {"name": "CPU"}
+    what: dict[str, Any] = (
+        {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if cuda else {"name": "CPU"}
+    )
     if cuda:
         what["bytes"] = torch.cuda.get_device_properties(device).total_memory
     figures = {"device": what, "gemm_flops_per_s": gemm, "data_sheet": asdict(sheet) if sheet else None}
