@@ -146,6 +146,7 @@ def again(finished: Config, folder: Path, **changes) -> Config:
 
 
 def train_joint(config: Config, stop_after: int = 0) -> None:
+    torch.set_num_threads(config.parallel.threads)  # as the ranks do: sums of other lengths round differently
     stage = config.stage("joint")
     train_stage(config, stage, Mesh(0, 1, torch.device("cpu")), StopAfter(stop_after), Watchdog(), None)
 
