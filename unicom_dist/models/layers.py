@@ -116,7 +116,8 @@ class TimeEmbedding(nn.Module):
         half = self.frequencies // 2
         rates = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
         angles = t.float()[..., None] * 1000 * rates
-        waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.lift.weight.dtype)
+        dtype = next(self.parameters()).dtype  # reading `self.lift.weight` here, ZeRO 3 would gather it by itself
+        waves = torch.cat([angles.cos(), angles.sin()], -1).to(dtype)
         out: Tensor = self.out(F.silu(self.lift(waves)))
         return out
 

@@ -7,6 +7,7 @@ exchange, twice that for an all-reduce (Thakur et al. 2005); messages between tw
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,13 +33,27 @@ SILENT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_")
 SMALL = 64  # bytes: what is smaller is a norm, a count or an agreement, not data
 
 
+@dataclass(frozen=True)
+class Call:
+    """One operation: its name, the ranks of its group (global), bytes sent, and whether autograd's backward made it."""
+
+    name: str
+    ranks: tuple[int, ...]
+    sent: int
+    backward: bool
+
+
 class Communication(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within the block (of one thread) `calls` and `sent` add up, by operation; messages below `SMALL` as "small"."""
+    """Within the block (of one thread) `calls` and `sent` add up, by operation; messages below `SMALL` as "small".
+
+    `log` has every call of them in its order.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
+        self.log: list[Call] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -53,10 +68,14 @@ class Communication(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         name, position, times = NAMES[operation]
         whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors(args[position]))
-        ranks = next(group.size() for group in map(process_group, args) if group is not None)
+        group = next(group for group in map(process_group, args) if group is not None)
+        ranks = group.size()
         name = name if whole >= SMALL else "small"
+        sent = round(whole * times * (ranks - 1) / ranks) if times else whole
+        backward = torch._C._current_graph_task_id() >= 0
         self.calls[name] += 1
-        self.sent[name] += round(whole * times * (ranks - 1) / ranks) if times else whole
+        self.sent[name] += sent
+        self.log.append(Call(name, tuple(dist.get_process_group_ranks(group)), sent, backward))
 
     @property
     def bytes(self) -> int:
