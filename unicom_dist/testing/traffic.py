@@ -5,9 +5,9 @@ axis on which they run and by forward, backward and optimizer step. What a layer
 and a shallow model, divided by the difference in depth; what is left of the shallow one is its ends'.
 
 Least (calls, bytes sent) of a rank, for the way each is done (not a bound on all ways: a backward pass of the embedding
-needs no weights, yet ZeRO 3 gathers them); t, u, n = ranks of tp, ulysses, zero; S positions of the batch, padded; h width; a
-query and g key heads of k; Y labels; m micro-batches; P parameters of the rank's pp_stage; 2 bytes (bfloat16) but for
-gradients between ranks and the loss's statistics (4):
+needs no weights, yet ZeRO 3 gathers them). t, u, n = ranks of tp, ulysses, zero; S positions of the batch, padded; h
+width; a query and g key heads of k; Y labels; m micro-batches; P parameters of the rank's pp_stage; 2 bytes (bfloat16)
+but for gradients between ranks and the loss's statistics (4):
 
     tp + sp, a layer forward    (4, 4 2 S h (t-1)/t)       two gathers, two scattered sums: arXiv 2205.05198, fig. 5
              a layer backward   (6, 6 2 S h (t-1)/t)       their transposes; two inputs gathered again for d_weight
