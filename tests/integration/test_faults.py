@@ -7,12 +7,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from training_run import tiny_run, write_stats
+from training_run import launcher, tiny_run, write_stats
 
 from unicom_dist.checkpoint.saved import latest, read_extra
 from unicom_dist.config.errors import DataError, HangError, NonFiniteError, Preempted, PreflightError
@@ -38,13 +37,7 @@ except UnicomError as error:
 def start(folder: Path, **overrides: object) -> subprocess.Popen[str]:
     """A launcher in a process of its own, as `unicom train` is."""
     code = DRIVER.format(here=str(Path(__file__).parent), folder=str(folder), overrides=overrides)
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return launcher(code)
 
 
 def wait_for_checkpoint(config, process: subprocess.Popen[str], timeout_s: float = 150) -> Path:

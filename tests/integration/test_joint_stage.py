@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import tiny_run, write_stats
+from training_run import StopAfter, tiny_run, write_stats
 
 from unicom_dist.config.errors import CheckpointError, CollapseError, Preempted
 from unicom_dist.config.explain import write_config
@@ -17,7 +17,6 @@ from unicom_dist.sample.pipeline import UniComPipeline
 from unicom_dist.tracking.metrics import read_metrics
 from unicom_dist.train.loop import train_stage
 from unicom_dist.train.pipeline import run
-from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.tasks import make_task
 from unicom_dist.train.watchdog import Watchdog
 
@@ -32,23 +31,6 @@ PRIOR = {
 }
 CODEC = {"name": "codec", "kind": "codec", "steps": 2, "batch": 4, "precision": "float32", "log_every": 1}
 JOINT = {**PRIOR, "name": "joint", "steps": 4, "lr": 1e-3, "mixture": {"text": 1, "text_to_image": 3}}
-
-
-class StopAfter(StopRequest):
-    """Asks to stop once so many steps are finished."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self._left = steps
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left == 0
-
-    @requested.setter
-    def requested(self, value: bool) -> None:
-        pass
 
 
 def recipe(folder: Path, **changes) -> Config:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import losses, tiny_run, write_stats
+from training_run import StopAfter, losses, tiny_run, write_stats
 
 from unicom_dist.checkpoint.saved import checkpoints, latest, read_extra
 from unicom_dist.config.errors import CheckpointError, Preempted
@@ -15,28 +15,10 @@ from unicom_dist.parallel.mesh import Mesh, init_mesh, join
 from unicom_dist.testing.distributed import run_ranks
 from unicom_dist.train.loop import start_run, train_stage
 from unicom_dist.train.pipeline import prepare_vocabulary
-from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.tasks import make_task
 from unicom_dist.train.watchdog import Watchdog
 
 STEPS = {"codec": {"steps": 6}, "sft": {"steps": 6, "mixture": {"text": 1, "text_to_image": 1, "image_to_text": 1}}}
-
-
-class StopAfter(StopRequest):
-    """Asks to stop in the n-th step that looks."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self._left = steps
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left == 0
-
-    @requested.setter
-    def requested(self, value: bool) -> None:
-        pass
 
 
 def configure(folder: Path, stage: str, zero_stage: int, nproc: int):

@@ -5,12 +5,11 @@ Its losses lie on those of one process. Starts 1, 8 and 4 processes, most of who
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from training_run import losses, tiny_run, write_stats
+from training_run import launcher, losses, tiny_run, write_stats
 
 from unicom_dist.config.schema import Config
 from unicom_dist.tracking.metrics import read_metrics
@@ -41,13 +40,7 @@ def start(folder: Path, parallel: dict[str, int]) -> subprocess.Popen[str]:
     """The launcher, as `unicom train` is."""
     here = str(Path(__file__).parent)
     code = DRIVER.format(here=here, folder=str(folder), stages=STAGES, parallel=parallel)
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return launcher(code)
 
 
 def steps_of(config: Config, stage: str) -> list[int]:

@@ -1,6 +1,8 @@
 """A tiny recipe with shards, features and latents on disk, ready for `unicom_dist.train.pipeline.run`."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.testing.shards import write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.tracking.metrics import read_metrics
+from unicom_dist.train.signals import StopRequest
 
 
 def tiny_run(folder: Path, **overrides: Any) -> Config:
@@ -45,3 +48,31 @@ def losses(config: Config, stage: str) -> dict[int, float]:
         for record in read_metrics(config.run_dir)
         if record.stage == stage and record.kind == "train"
     }
+
+
+class StopAfter(StopRequest):
+    """Asks to stop in the n-th step that looks."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._left = steps
+
+    @property
+    def requested(self) -> bool:
+        self._left -= 1
+        return self._left == 0
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        pass
+
+
+def launcher(code: str) -> subprocess.Popen[str]:
+    """`code` in a process and session of its own, as `unicom train` is; its output is piped."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )

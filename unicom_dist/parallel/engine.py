@@ -37,6 +37,11 @@ class OptimizerConfig:
     precision: str = "bfloat16"
     kernels: Kernels = field(default_factory=Kernels)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in forward and backward."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
 
 @dataclass(frozen=True)
 class Piece:

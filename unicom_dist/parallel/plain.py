@@ -42,9 +42,8 @@ class PlainEngine:
         self._low_grad: Buffers = []
         self._moments: dict[str, Buffers] = {"exp_avg": [], "exp_avg_sq": []}
         self._steps: Buffers = []  # of each trained group, as AdamW counts them
-        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         for number, named in enumerate(decay_groups(module)):
-            master, low = self._flatten(named, number, dtype)
+            master, low = self._flatten(named, number, config.dtype)
             trained = number < 2
             self._master.append(master)
             self._low.append(low)
@@ -107,8 +106,10 @@ class PlainEngine:
 
     @torch.no_grad()
     def _load(self, buffers: Buffers) -> None:
+        """The weights of the forward pass from `buffers`; the master weights serve in place in float32."""
         for low, buffer in zip(self._low, buffers, strict=True):
-            low.copy_(buffer)
+            if low is not buffer:
+                low.copy_(buffer)
 
     def step(self, lr: float) -> float:
         try:
@@ -117,7 +118,7 @@ class PlainEngine:
         finally:
             for grad in self._low_grad:
                 grad.zero_()
-        self._refresh()
+        self._load(self._master)
         self.steps_done += 1
         return norm
 
@@ -143,12 +144,6 @@ class PlainEngine:
                 maximize=False,
             )
 
-    def _refresh(self) -> None:
-        with torch.no_grad():
-            for low, master in zip(self._low, self._master, strict=True):
-                if low is not master:
-                    low.copy_(master)
-
     def state(self) -> dict[str, Buffers]:
         return {"weight": self._master, **self._moments}
 
@@ -164,7 +159,7 @@ class PlainEngine:
             for steps in self._steps:
                 steps.fill_(steps_done)
         self.steps_done = steps_done
-        self._refresh()
+        self._load(self._master)
 
     def close(self) -> None:
         for p in self.module.parameters():

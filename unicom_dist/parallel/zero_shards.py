@@ -59,7 +59,7 @@ class Shards:
 
     def __init__(self, module: nn.Module, config: OptimizerConfig, mesh: Mesh) -> None:
         self.module, self.mesh = module, mesh
-        self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self.dtype = config.dtype
         matrices, vectors, frozen = decay_groups(module)
         tied = [(n, p) for n, p in matrices if any(piece.sum_over == "tied" for piece in pieces_of(n, p, p.shape))]
         alone = {name for name, _ in tied}
