@@ -311,6 +311,16 @@ class EvalConfig(Section):
     fixed_t: list[Fraction] = Field([0.1, 0.3, 0.5, 0.7, 0.9], description="times at which the flow loss is measured")
 
 
+class AblationConfig(Section):
+    """What `unicom ablate` varies; all else is the recipe's, the same for every training."""
+
+    seeds: PositiveInt = Field(3, description="trainings per variant; their seeds count up from `seed`")
+    kinds: list[Literal["attention", "mlp"]] = Field(["attention", "mlp"], min_length=1, description="kinds of compressor")
+    widths: list[PositiveInt] = Field([64], min_length=1, description="latent channels d of the variants that keep all tokens; a quarter of the tokens gets 4 d, as many values")
+    spatial: list[Literal["pool", "resampler"]] = Field(["pool"], description="how the other variants quarter the tokens")
+    pictures: PositiveInt = Field(10, description="held-out pictures on the reconstruction sheet")
+
+
 class TrackingConfig(Section):
     """Where metrics go besides metrics.jsonl."""
 
@@ -337,6 +347,7 @@ class Config(Section):
     stages: list[StageConfig] = Field(default_factory=list)
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
+    ablation: AblationConfig = AblationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
