@@ -79,7 +79,7 @@ class FeaturesConfig(Section):
 
 
 class CompressorConfig(Section):
-    """Channels narrowed, tokens kept."""
+    """Channels narrowed, tokens kept; or, for comparison, fewer tokens."""
 
     kind: Literal["attention", "mlp", "identity"] = Field("attention", description="how channels are narrowed; `identity` keeps them all")
     channels: PositiveInt = Field(64, description="latent channels d")
@@ -87,13 +87,36 @@ class CompressorConfig(Section):
     attention_width: int = Field(0, ge=0, description="total width of q, k and v; 0 = the wider of input and output, heads averaged when narrowing")
     expanded: int = Field(0, ge=0, description="channels the decompressor widens to; 0 = the encoder's channels")
     mlp_ratio: NonNegative = Field(2.0, description="hidden width of the gated MLP over the output width; 0 = no MLP")
+    spatial: Literal["none", "pool", "resampler"] = Field("none", description="2 x 2 tokens become one: their mean (pool), or what a learned query reads of them")
+    bottleneck: Literal["none", "tanh", "kl"] = Field("none", description="tanh: latents within -1 and 1; kl: a Gaussian posterior, sampled in training, its mean elsewhere")
+    kl_weight: NonNegative = Field(1e-4, description="bottleneck kl: weight of the posterior's divergence from N(0, 1), nats per latent channel")
+
+    @model_validator(mode="after")
+    def _identity(self) -> Self:
+        if self.kind == "identity" and self.bottleneck != "none":
+            raise Unworkable(
+                f"bottleneck = {self.bottleneck} with kind = identity",
+                "an identity leaves the values of the channels as they are",
+                "use kind: attention or mlp, or bottleneck: none",
+            )
+        return self
+
+    def latent_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the latents of an image with features on `grid`; cells at an odd edge are not full."""
+        return grid if self.spatial == "none" else (-(-grid[0] // 2), -(-grid[1] // 2))
 
 
 class DecoderConfig(Section):
-    """FLUX-style diffusion decoder over pixel patches."""
+    """FLUX-style diffusion decoder over patches of pixels or of a VAE's latents."""
 
+    space: Literal["pixels", "vae"] = Field("pixels", description="what is drawn: pixels (in patches with patch_px > 1) or a frozen VAE's latents, which it decodes")
+    vae_path: str = Field("", description="folder of the VAE (diffusers AutoencoderKL or AutoencoderTiny), or the published folder with vae/ in it")
+    vae_channels: PositiveInt = Field(16, description="channels of the VAE's latents; FLUX: 16")
+    vae_scale: PositiveInt = Field(8, description="pixels per side of a cell of the VAE's latents; FLUX: 8")
+    vae_tile_px: int = Field(0, ge=0, description="decode larger pictures in overlapping tiles of this side, pixels; 0 = whole")
     image_px: PositiveInt = Field(64, description="side of the decoded image, pixels")
-    patch_px: PositiveInt = Field(4, description="side of a patch, pixels")
+    patch_px: PositiveInt = Field(4, description="side of a patch, pixels; space vae: cells (FLUX: 2)")
+    init_from: str = Field("", description="folder of a published FluxTransformer2DModel, or one with transformer/ in it; empty = random initialisation")
     double_blocks: int = Field(2, ge=0, description="blocks with separate image and token streams")
     single_blocks: int = Field(4, ge=0, description="blocks with one joint stream")
     heads: PositiveInt = Field(4, description="attention heads")
@@ -102,15 +125,28 @@ class DecoderConfig(Section):
     prediction: Literal["velocity", "clean"] = Field("velocity", description="what the network outputs")
     token_positions: Literal["zero", "grid"] = Field("grid", description="rotary ids of the semantic tokens")
     concat_tokens: bool = Field(False, description="also append to each patch the token at its place, as FLUX.1 Fill does its mask")
+    text_channels: int = Field(0, ge=0, description="channels where FLUX reads text (FLUX.1: 4096), reached by the projector; 0 = it reads the tokens as they are")
+    projector: Literal["linear", "mlp"] = Field("linear", description="from tokens to text_channels: one linear map, or linear to three times as many, SiLU, linear (UniWorld-V1)")
+    pooled_channels: PositiveInt = Field(8, description="channels of FLUX's pooled text vector (FLUX.1: 768), a constant here")
+    pooled_path: str = Field("", description="safetensors file with that vector, e.g. CLIP's of an empty prompt; empty = zeros")
+    guidance_embeds: bool = Field(False, description="the network has an input for the guidance it was distilled with (FLUX.1-dev)")
+    guidance: NonNegative = Field(1.0, description="constant at that input, in training and drawing")
+    trainable: Literal["all", "image-branch", "lora", "projector"] = Field(
+        "all", description="what trains of the decoder, beside its projector: all, the image stream of every block, low-rank adapters, nothing"
+    )
+    lora_rank: PositiveInt = Field(16, description="trainable lora: rank of the adapters")
+    lora_alpha: float = Field(16.0, gt=0, description="trainable lora: adapters are scaled by lora_alpha / lora_rank")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
-        if self.image_px % self.patch_px:
+        unit = self.patch_px * (self.vae_scale if self.space == "vae" else 1)
+        if self.image_px % unit:
+            factors = f"vae_scale x patch_px = {unit}" if self.space == "vae" else f"patch_px = {self.patch_px}"
             raise Unworkable(
                 f"image_px = {self.image_px}",
-                f"it is not a multiple of patch_px = {self.patch_px}",
-                f"use {_multiples(self.image_px, self.patch_px)}, or another patch_px",
+                f"it is not a multiple of {factors}",
+                f"use {_multiples(self.image_px, unit)}, or another patch_px",
             )
         if sum(self.rope_axes) != self.head_dim:
             raise Unworkable(
@@ -120,6 +156,16 @@ class DecoderConfig(Section):
             )
         if any(axis % 2 or axis < 2 for axis in self.rope_axes):
             raise Unworkable(f"rope_axes = {list(self.rope_axes)}", "rotary channels come in pairs", "use even numbers >= 2")
+        return self
+
+    @model_validator(mode="after")
+    def _published(self) -> Self:
+        if self.space == "vae" and not self.vae_path:
+            raise Unworkable("space = vae", "vae_path names no folder to read the VAE from", "set vae_path, or space: pixels")
+        if self.trainable != "all" and not self.init_from:
+            raise Unworkable(f"trainable = {self.trainable}", "the frozen weights would stay random", "name published ones in init_from, or trainable: all")
+        if self.projector == "mlp" and not self.text_channels:
+            raise Unworkable("projector = mlp", "text_channels = 0 leaves nothing to project to", "set text_channels (FLUX.1: 4096), or projector: linear")
         return self
 
 
@@ -136,6 +182,8 @@ class CodecConfig(Section):
     perceptual_min_t: Fraction = Field(0.5, description="the perceptual term looks only at samples with t >= this (low noise)")
     timestep: Literal["uniform", "logit-normal"] = Field("uniform", description="how t is drawn in training")
     timestep_shift: float = Field(1.0, gt=0, description="s in t' = 1 - s(1-t)/(1+(s-1)(1-t)); > 1 means more noise")
+    resolution_shift: bool = Field(False, description="instead of timestep_shift: s = exp(mu), mu linear in the patches of a picture from (256, 0.5) to (4096, 1.15), as FLUX")
+    condition_dropout: Fraction = Field(0.0, description="share of samples trained with the features of a black picture, for sample.decoder_guidance")
 
 
 class PriorConfig(Section):
@@ -296,7 +344,8 @@ class SampleConfig(Section):
     prompts: list[str] = Field(["red apple", "cat face", "blue heart", "rocket"], description="drawn in every picture grid")
     steps: PositiveInt = Field(25, description="solver steps of the prior")
     guidance: NonNegative = Field(3.0, description="v = v_uncond + guidance (v_cond - v_uncond)")
-    decoder_steps: PositiveInt = Field(8, description="solver steps of the decoder")
+    decoder_steps: PositiveInt = Field(8, description="solver steps of the decoder; 1 = its one-step estimate of the picture")
+    decoder_guidance: NonNegative = Field(1.0, description="v = v_blank + guidance (v - v_blank), v_blank for a black picture's latents; 1 = off. Needs codec.condition_dropout")
     solver: Literal["euler", "heun"] = Field("euler", description="of the flow ODE; `heun` evaluates twice a step")
     seed: int = Field(0, description="of the noise of the first picture")
 
@@ -371,12 +420,20 @@ class Config(Section):
     @model_validator(mode="after")
     def _joint(self) -> Self:
         joint = ""  # the last joint stage so far
+        compressor = self.codec.compressor
         for stage in self.stages:
-            if stage.joint.enabled and self.codec.compressor.kind == "identity":
+            if stage.joint.enabled and compressor.kind == "identity":
                 raise Unworkable(
                     f"stages.{stage.name}.joint.enabled = true with codec.compressor.kind = identity",
                     "an identity has nothing to train",
                     "codec.compressor.kind: attention or mlp, or joint.enabled: false",
+                )
+            if stage.joint.enabled and (compressor.spatial != "none" or compressor.bottleneck == "kl"):
+                key = "spatial" if compressor.spatial != "none" else "bottleneck"
+                raise Unworkable(
+                    f"stages.{stage.name}.joint.enabled = true with codec.compressor.{key} = {getattr(compressor, key)}",
+                    "joint training rebuilds the features of every token from its latent, without sampling",
+                    f"codec.compressor.{key}: none, or joint.enabled: false",
                 )
             if stage.kind == "prior" and joint and not stage.joint.enabled:
                 raise Unworkable(
