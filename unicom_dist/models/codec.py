@@ -19,22 +19,33 @@ from unicom_dist.models.init import initialise
 
 @dataclass(slots=True)
 class CodecBatch:
-    """Images and their encoder features, with the randomness of the step drawn beforehand."""
+    """Images and their encoder features, with the randomness of the step drawn beforehand.
+
+    c channels and h x w cells: of the decoder's target space (`target_shape`), which is 3 and H x W in pixels.
+    """
 
     images: Tensor  # [B, 3, H, W] in [-1, 1]
     features: Tensor  # [B, n, D]
     mask: Tensor  # [B, n] bool, True = a real token
     grid: Tensor  # [B, n, 2] int64, (row, column)
-    noise: Tensor  # [B, 3, H, W]
+    noise: Tensor  # [B, c, h, w]
     t: Tensor  # [B]
     latent_noise: Tensor  # [B, n, d]
     latent_noise_level: Tensor  # [B], std in units of the latents' standard deviation
     keys: list[str]
+    blank: Tensor | None = None  # [B] bool, True = to be trained with the features of a black picture; None = none
+    data: Tensor | None = None  # [B, c, h, w], the images in the target space; None where that is pixels
+
+    @property
+    def target(self) -> Tensor:
+        """What the flow leads to, [B, c, h, w]."""
+        return self.images if self.data is None else self.data
 
     def to(self, device: torch.device | str) -> "CodecBatch":
         """A copy whose tensors are on `device`; dtypes are kept (the model casts at its border)."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.type is Tensor}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if torch.is_tensor(value)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +123,13 @@ class Codec(nn.Module):
     def decode_velocity(
         self, z_t: Tensor, t: Tensor, latents: Tensor, grid: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Velocity [B, 3, H, W] float32 at z_t [B, 3, H, W] and t [B], given latents [B, n, d] at grid [B, n, 2]."""
+        """Velocity [B, c, h, w] float32 at z_t [B, c, h, w] and t [B], given latents [B, n, d] at grid [B, n, 2]."""
         tokens = self.decompressor(latents.to(self.dtype), mask)
         velocity: Tensor = self.decoder(z_t, t, tokens, grid, mask)
         return velocity
 
     def forward(self, batch: CodecBatch) -> tuple[Tensor, Tensor]:
-        """Velocity and clean estimate, both [B, 3, H, W] float32.
+        """Velocity and clean estimate, both [B, c, h, w] float32, in the decoder's target space.
 
         The decoder reads latents disturbed by `latent_noise_level` standard deviations of the image's own latents, so
         that it later forgives a prior's errors. Ref: RAE, noise-augmented decoding.
@@ -126,7 +137,7 @@ class Codec(nn.Module):
         latents = self.encode(batch.features, batch.mask)
         level = (batch.latent_noise_level * spread_of(latents.detach(), batch.mask)).to(latents.dtype)
         latents = latents + level[:, None, None] * batch.latent_noise.to(latents.dtype)
-        z_t = interpolate(batch.images.float(), batch.noise.float(), batch.t.float())
+        z_t = interpolate(batch.target.float(), batch.noise.float(), batch.t.float())
         velocity = self.decode_velocity(z_t, batch.t, latents, batch.grid, batch.mask)
         return velocity, clean_from_velocity(z_t, velocity, batch.t)
 

@@ -6,8 +6,6 @@ Shapes: B images [3, H, W], P patches of 3 p p values, n semantic tokens of E ch
 Time: ours has t = 1 at the data; FLUX has sigma = 0 there and predicts noise - data. `to_flux` and `from_flux` convert.
 """
 
-import sys
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unicom_dist.config.schema import DecoderConfig
 from unicom_dist.models.compressor import padding_bias
+from unicom_dist.models.diffusers_classes import diffusers_class
 from unicom_dist.models.layers import attend
 
 LEAST_REMAINING = 0.1  # bounds 1 / (1 - t) where a clean prediction is turned into a velocity
@@ -25,23 +24,8 @@ ROPE_THETA = 10_000.0
 
 
 def flux_class() -> Any:
-    """`diffusers.FluxTransformer2DModel`, imported when first needed (seconds).
-
-    Workaround: a torchvision built for another torch fails on import and takes diffusers with it, which has no need of
-    it here; it is hidden then. Remove when diffusers imports it only on use. What it fails with depends on where the
-    two differ: an operator (RuntimeError), a library's symbol (ImportError, OSError), a Python name (AttributeError).
-    """
-    try:
-        import_module("torchvision")
-    except ModuleNotFoundError:
-        pass
-    except (ImportError, OSError, RuntimeError, AttributeError):
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel
+    """`diffusers.FluxTransformer2DModel`."""
+    return diffusers_class("FluxTransformer2DModel")
 
 
 def to_flux(t: Tensor) -> Tensor:
