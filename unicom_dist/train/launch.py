@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
 from unicom_dist.config import errors
 from unicom_dist.config.errors import HangError, Preempted, PreflightError, UnicomError
@@ -63,8 +63,10 @@ def threads_per_rank(nproc: int, configured: int) -> int:
     return configured or max(1, len(os.sched_getaffinity(0)) // nproc)
 
 
-def launch(spec: dict[str, Any], run_dir: Path, nproc: int, threads: int) -> None:
-    """Run `nproc` workers on `spec` (JSON) until all have ended well. The error of the first that did not is raised.
+def launch(runs: Sequence[tuple[Config, list[str]]], run_dir: Path, nproc: int, threads: int) -> None:
+    """Have `nproc` workers train the named stages of each of `runs` in order. The error of the first to fail is raised.
+
+    Logs are kept in `run_dir`, that of the run or, of several, their common one.
 
     Preempted: all ranks wrote a checkpoint after a signal. HangError: a rank was killed.
     """
@@ -76,7 +78,8 @@ def launch(spec: dict[str, Any], run_dir: Path, nproc: int, threads: int) -> Non
             for rank in range(nproc):
                 error_path(run_dir, rank).unlink(missing_ok=True)
                 ranks.append(_start(rank, nproc, threads, meeting / "rendezvous", log_path(run_dir, rank)))
-            text = json.dumps(spec).encode() + b"\n"
+            items = [{"config": config.model_dump(mode="json"), "stages": names} for config, names in runs]
+            text = json.dumps({"folder": str(run_dir), "runs": items}).encode() + b"\n"
             for process in ranks:
                 with suppress(BrokenPipeError):  # it has ended already; its status says why
                     _stdin(process).write(text)

@@ -66,7 +66,7 @@ def run(
                 _train_here(config, todo, say)
     except BaseException as error:
         if rank == 0:
-            _final_status(config, error)
+            final_status(config, error)
         raise
     if joined():
         from unicom_dist.parallel.mesh import close_mesh
@@ -163,8 +163,7 @@ def _train_here(config: Config, stages: list[StageConfig], say: Callable[[str], 
     nproc = config.parallel.nproc
     threads = threads_per_rank(nproc, config.parallel.threads)
     say(f"{', '.join(stage.name for stage in stages)}: training on {nproc} ranks, {threads} threads each")
-    spec = {"config": config.model_dump(mode="json"), "stages": [stage.name for stage in stages]}
-    launch(spec, Path(config.run_dir), nproc, threads)
+    launch([(config, [stage.name for stage in stages])], Path(config.run_dir), nproc, threads)
 
 
 def _train_joined(config: Config, stages: list[StageConfig]) -> None:
@@ -183,7 +182,8 @@ def _train_joined(config: Config, stages: list[StageConfig]) -> None:
         run_stages(config, [stage.name for stage in stages], stop)
 
 
-def _final_status(config: Config, error: BaseException) -> None:
+def final_status(config: Config, error: BaseException) -> None:
+    """What ended the run, in its status file."""
     code = error.exit_code if isinstance(error, UnicomError) else 1
     what = error.what if isinstance(error, UnicomError) else repr(error)
     state: State = "preempted" if isinstance(error, Preempted) else "failed"

@@ -1,7 +1,8 @@
-"""One rank: joins the others, runs consecutive training stages in one process group, and says how it ended.
+"""One rank: joins the others, runs training stages one after the other in one process group, and says how it ended.
 
-Started by `launch` with {"config": …, "stages": [names]} as one line of JSON on standard input. Everything that
-libraries print goes to this rank's log; only rank 0's own console line reaches the terminal.
+Started by `launch` with {"folder": where logs go, "runs": [{"config": …, "stages": [names]}, …]} as one line of JSON on
+standard input: the stages of one run, or of several. Everything that libraries print goes to this rank's log; only
+rank 0's own console line reaches the terminal.
 """
 
 import faulthandler
@@ -28,22 +29,29 @@ PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote pr
 def main() -> int:
     """Entry of the process; returns its exit status."""
     spec = json.loads(sys.stdin.buffer.readline())
-    config = Config.model_validate(spec["config"])
-    rank = int(os.environ["RANK"])
-    terminal = _redirect(log_path(Path(config.run_dir), rank))
+    runs = [(Config.model_validate(item["config"]), item["stages"]) for item in spec["runs"]]
+    folder, rank = Path(spec["folder"]), int(os.environ["RANK"])
+    terminal = _redirect(log_path(folder, rank))
     quiet_libraries()
     faulthandler.register(STACK_SIGNAL, all_threads=True)
     with StopRequest() as stop:
         stop.watch(sys.stdin.buffer)
         try:
-            run_stages(config, spec["stages"], stop, terminal)
+            for number, (config, names) in enumerate(runs, 1):
+                if len(runs) > 1 and rank == 0:
+                    print(f"{config.name} ({number} of {len(runs)})", file=terminal)
+                run_stages(config, names, stop, terminal, folder)
             return 0
         except BaseException as error:
-            return _report(error, Path(config.run_dir), rank)
+            return _report(error, folder, rank)
 
 
-def run_stages(config: Config, names: list[str], stop: StopRequest, terminal: IO[str] | None = None) -> None:
+def run_stages(
+    config: Config, names: list[str], stop: StopRequest, terminal: IO[str] | None = None, logs: Path | None = None
+) -> None:
     """Train the named stages in order on this rank. Collective over the world. `terminal`: where rank 0 shows progress.
+
+    `logs`: where a rank that does not get on leaves its error; the run directory unless the run is one of several.
 
     ConfigError: the layout or a batch does not suit the ranks that are there. Preempted, after a checkpoint: a stop was
     requested on some rank.
@@ -59,7 +67,8 @@ def run_stages(config: Config, names: list[str], stop: StopRequest, terminal: IO
     config = with_precision(config, everyone)
     check_ranks(config, everyone.world)
     meshes: dict[Layout, Mesh] = {}  # a codec and a prior may be laid out differently
-    with Watchdog(config.parallel.stall_s, partial(_report, run_dir=Path(config.run_dir), rank=everyone.rank)) as dog:
+    report = partial(_report, run_dir=logs or Path(config.run_dir), rank=everyone.rank)
+    with Watchdog(config.parallel.stall_s, report) as dog:
         for name in names:
             stage = config.stage(name)
             layout = config.layout(stage, everyone.world)
