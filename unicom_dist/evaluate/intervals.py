@@ -46,10 +46,10 @@ class Estimate(NamedTuple):
 def over_seeds_and_pictures(values: ArrayLike, level: float = 0.95) -> Estimate:
     """The mean of `values` [S, P], measured for S trainings on the same P pictures, and a t interval for it.
 
-    It is meant for other seeds and other pictures: the variance is that of the S means over pictures, divided by S, plus
-    that of the P means over seeds, divided by P. What varies with both is thereby counted twice, which errs on the safe
-    side. Degrees of freedom after Satterthwaite (1946). A bootstrap would be too narrow for two or three seeds. With one
-    seed the interval is about pictures only, with one column (a figure of all pictures together) about seeds only.
+    It is meant for other seeds and other pictures: the variance is that of the S means over pictures, divided by S,
+    plus that of the P means over seeds, divided by P. What varies with both is thereby counted twice, which errs on the
+    safe side. Degrees of freedom after Satterthwaite (1946). A bootstrap would be too narrow for two or three seeds.
+    With one seed the interval is about pictures only, with one column (a figure of all pictures) about seeds only.
     ValueError without values.
     """
     table = np.asarray(values, np.float64)
