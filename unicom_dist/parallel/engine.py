@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge
 from unicom_dist.config.errors import NonFiniteError
 from unicom_dist.parallel.kernels import Kernels
 from unicom_dist.parallel.mesh import Mesh
+from unicom_dist.parallel.precision import dtype_of
 
 Buffers = list[Tensor]  # one flat float32 tensor per group
 Root = Tensor | GradientEdge  # a tensor, or the place in the graph where it arose
@@ -40,7 +41,7 @@ class OptimizerConfig:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights in forward and backward."""
-        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        return dtype_of(self.precision)
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,9 @@ def whole_tensors(
     exhausts the iterator.
     """
     mine = [f for f in fragments if f.piece.owner and f.numel and not (replicated and mesh.zero.rank)]
-    lists = [mine] if mesh.world == 1 else gathered_objects(mesh, mine)
+    lists = [mine] * mesh.world
+    if mesh.world > 1:
+        dist.all_gather_object(lists, mine)
     owned: dict[str, list[tuple[int, Fragment]]] = {}
     for rank, found in enumerate(lists):
         for f in found:
@@ -215,13 +218,6 @@ def whole_tensors(
                 put(f, values.cpu(), whole)
         if mesh.rank == 0:
             yield name, whole.to(dtype)
-
-
-def gathered_objects(mesh: Mesh, value: Any) -> list[Any]:
-    """Every rank's `value`, in order of ranks. Collective over the world."""
-    box: list[Any] = [None] * mesh.world
-    dist.all_gather_object(box, value)
-    return box
 
 
 def put(fragment: Fragment, values: Tensor, whole: Tensor) -> None:

@@ -25,10 +25,14 @@ def fast_bfloat16(device: torch.device) -> bool:
     return not CPU_FLAGS.isdisjoint(words)
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Of forward and backward in a stage whose `precision` is decided."""
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype that a stage's `precision` means on `device`."""
-    low = precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device))
-    return torch.bfloat16 if low else torch.float32
+    return dtype_of("bfloat16" if precision == "auto" and fast_bfloat16(device) else precision)
 
 
 def with_precision(config: Config, mesh: Mesh) -> Config:

@@ -21,6 +21,7 @@ from torch import nn
 from unicom_dist.objective.terms import LossTerm
 from unicom_dist.parallel.engine import whole_tensors
 from unicom_dist.parallel.mesh import Mesh
+from unicom_dist.parallel.precision import dtype_of
 from unicom_dist.tracking.console import StageConsole
 from unicom_dist.tracking.flops import Peak, device_peak
 from unicom_dist.tracking.metrics import MetricsWriter
@@ -45,7 +46,7 @@ class Observer:
         self._losses = LossSums()
         self._counts: dict[str, int] = {}
         self._totals: dict[str, float] = {}
-        self._dtype = torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32
+        self._dtype = dtype_of(self.stage.precision)
         self._since = self._first_step = run.step
         self._step_s = self._waited_s = 0.0
         self._copy: nn.Module | None = None  # for pictures, on rank 0

@@ -39,6 +39,7 @@ from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.pipeline.channels import Boundary
 from unicom_dist.parallel.pipeline.runtime import Payload
 from unicom_dist.parallel.pipeline.split import by_rank, estimate, split
+from unicom_dist.parallel.precision import dtype_of
 from unicom_dist.parallel.tensor import materialise
 from unicom_dist.sample.loading import load_codec
 from unicom_dist.tracking.flops import codec_flops, prior_flops
@@ -141,8 +142,7 @@ class CodecTask(Task[CodecBatch]):
         if kind != "none" and self._perceptual is None:
             folder = self.config.codec.perceptual_path
             self._perceptual = Lpips.load("alex" if kind == "lpips-alex" else "vgg", folder).eval()
-            if self.stage.precision == "bfloat16":
-                self._perceptual = self._perceptual.to(torch.bfloat16)
+            self._perceptual = self._perceptual.to(dtype_of(self.stage.precision))
         module = Codec(self.config.codec, self._channels, self.config.seed)
         if self.stage.trainable == "decoder":
             joint = StoredWeights(joint_folder(self.config, self.stage) / "compressor")
@@ -274,8 +274,8 @@ class PriorTask(Task[PackedBatch]):
         return prior_terms(outputs, self._share.region(batch), self.stage)
 
     def boundaries(self, batch: PackedBatch) -> list[Boundary]:
-        dtype = torch.bfloat16 if self.stage.precision == "bfloat16" else torch.float32
-        return [Boundary((self._share.rows(batch), self.config.prior.hidden), dtype)]
+        width = self.config.prior.hidden
+        return [Boundary((self._share.rows(batch), width), dtype_of(self.stage.precision))]
 
     def heldout(self) -> Iterator[tuple[str, PackedBatch]]:
         limit, joint = self.config.eval.images, self.stage.joint.enabled
