@@ -30,7 +30,7 @@ class CodecBatch:
     grid: Tensor  # [B, n, 2] int64, (row, column)
     noise: Tensor  # [B, c, h, w]
     t: Tensor  # [B]
-    latent_noise: Tensor  # [B, n, d]
+    latent_noise: Tensor  # [B, m, d] in the layout of the latents
     latent_noise_level: Tensor  # [B], std in units of the latents' standard deviation
     keys: list[str]
     blank: Tensor | None = None  # [B] bool, True = to be trained with the features of a black picture; None = none
@@ -115,31 +115,61 @@ class Codec(nn.Module):
         """The dtype of the weights, in which everything between the borders is computed."""
         return next(self.decoder.parameters()).dtype
 
-    def encode(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Latents [B, n, d] (weights' dtype, padding zero) of features [B, n, D]; mask [B, n], True = a real token."""
-        latents: Tensor = self.compressor(features.to(self.dtype), mask)
+    def encode(self, features: Tensor, mask: Tensor | None = None, grid: Tensor | None = None) -> Tensor:
+        """Latents [B, m, d] (weights' dtype, padding zero) of features [B, n, D]; mask [B, n], True = a real token.
+
+        A spatial compressor needs grid [B, n, 2]; `compressor.layout` has the latents' own grid and mask.
+        """
+        latents: Tensor = self.compressor(features.to(self.dtype), mask, grid)
         return latents
 
     def decode_velocity(
         self, z_t: Tensor, t: Tensor, latents: Tensor, grid: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Velocity [B, c, h, w] float32 at z_t [B, c, h, w] and t [B], given latents [B, n, d] at grid [B, n, 2]."""
+        """Velocity [B, c, h, w] float32 at z_t [B, c, h, w] and t [B], given latents [B, m, d] at grid [B, m, 2]."""
         tokens = self.decompressor(latents.to(self.dtype), mask)
         velocity: Tensor = self.decoder(z_t, t, tokens, grid, mask)
         return velocity
 
-    def forward(self, batch: CodecBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: CodecBatch) -> tuple[Tensor, ...]:
         """Velocity and clean estimate, both [B, c, h, w] float32, in the decoder's target space.
 
-        The decoder reads latents disturbed by `latent_noise_level` standard deviations of the image's own latents, so
-        that it later forgives a prior's errors. Ref: RAE, noise-augmented decoding.
+        Third, for a compressor with a posterior, its `divergence` [B].
         """
-        latents = self.encode(batch.features, batch.mask)
-        level = (batch.latent_noise_level * spread_of(latents.detach(), batch.mask)).to(latents.dtype)
-        latents = latents + level[:, None, None] * batch.latent_noise.to(latents.dtype)
+        grid, mask = self.compressor.layout(batch.grid, batch.mask)
+        assert mask is not None
+        mean, log_variance = self.compressor.posterior(batch.features.to(self.dtype), batch.mask, batch.grid)
+        latents = disturbed(mean, log_variance, mask, batch)
         z_t = interpolate(batch.target.float(), batch.noise.float(), batch.t.float())
-        velocity = self.decode_velocity(z_t, batch.t, latents, batch.grid, batch.mask)
-        return velocity, clean_from_velocity(z_t, velocity, batch.t)
+        velocity = self.decode_velocity(z_t, batch.t, latents, grid, mask)
+        clean = clean_from_velocity(z_t, velocity, batch.t)
+        if log_variance is None:
+            return velocity, clean
+        return velocity, clean, divergence(mean, log_variance, mask)
+
+
+def disturbed(mean: Tensor, log_variance: Tensor | None, mask: Tensor, batch: CodecBatch) -> Tensor:
+    """Latents [B, m, d] for the decoder to read: a sample of the posterior, with noise added.
+
+    The noise has `latent_noise_level` standard deviations of the image's own latents, so that the decoder later
+    forgives a prior's errors (RAE, noise-augmented decoding). The sum of both Gaussians is drawn at once, by
+    `latent_noise`; where that is zero, the mean is read.
+    """
+    level = batch.latent_noise_level * spread_of(mean.detach(), mask)
+    if log_variance is None:
+        return mean + level.to(mean.dtype)[:, None, None] * batch.latent_noise.to(mean.dtype)
+    deviation = (log_variance.float().exp() + level.square()[:, None, None]).sqrt()
+    return (mean + deviation * batch.latent_noise * mask[..., None]).to(mean.dtype)
+
+
+def divergence(mean: Tensor, log_variance: Tensor, mask: Tensor) -> Tensor:
+    """Of N(mean, variance) from N(0, 1), nats per latent channel, averaged over the image's real latents, [B] float32.
+
+    (mean^2 + variance - log variance - 1) / 2. Ref: Kingma and Welling 2013, appendix B.
+    """
+    mean, log_variance = mean.float(), log_variance.float()
+    each = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).mean(-1)
+    return (each * mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
 def spread_of(latents: Tensor, mask: Tensor) -> Tensor:

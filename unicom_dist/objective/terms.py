@@ -75,20 +75,24 @@ def codec_counts(batch: CodecBatch, config: CodecConfig) -> dict[str, int]:
     counts = {"flow": batch.images.shape[0]}
     if config.perceptual != "none":
         counts["perceptual"] = _low_noise(batch, config).shape[0]
+    if config.compressor.bottleneck == "kl":
+        counts["kl"] = batch.images.shape[0]
     return counts
 
 
 def codec_terms(
-    outputs: tuple[Tensor, Tensor], batch: CodecBatch, config: CodecConfig, perceptual: Lpips | None
+    outputs: tuple[Tensor, ...], batch: CodecBatch, config: CodecConfig, perceptual: Lpips | None
 ) -> dict[str, LossTerm]:
     """`flow`: squared error of the velocity per image, mean over pixels. `perceptual`: LPIPS of the clean estimate.
+
+    `kl`, with that bottleneck: divergence of the posterior, per image, mean over latents and channels.
 
     With `flow_remaining` = c > 0 the flow error near the data is weighted down by ((1-t) / max(1-t, c))^2, which is the
     error of the clean image there: at low noise z_t alone shows the picture, and a small decoder would learn to ignore
     its tokens.
     `perceptual` is the network, None iff `config.perceptual` is "none".
     """
-    velocity, clean = outputs
+    velocity, clean = outputs[:2]
     counts = codec_counts(batch, config)
     remaining = 1 - batch.t.float()
     weight = (remaining / remaining.clamp_min(config.flow_remaining)).square().nan_to_num(1.0)
@@ -98,6 +102,8 @@ def codec_terms(
         chosen = _low_noise(batch, config)
         distance = perceptual(clean[chosen], batch.images[chosen]) if counts["perceptual"] else clean[:0]
         terms["perceptual"] = LossTerm(distance.sum(), counts["perceptual"], config.perceptual_weight)
+    if "kl" in counts:
+        terms["kl"] = LossTerm(outputs[2].sum(), counts["kl"], config.compressor.kl_weight)
     return terms
 
 
