@@ -61,6 +61,7 @@ class EncoderConfig(Section):
     levels: Literal["last", "pyramid"] = Field("last", description="pyramid: four depths of efficientnet-lite2 side by side, as many channels")
     image_px: PositiveInt = Field(256, description="side of the square view for encoders with a fixed grid, pixels")
     max_patches: PositiveInt = Field(1024, description="most patches per image (NaFlex encoders keep the aspect ratio)")
+    crop: Literal["none", "bucket"] = Field("none", description="bucket: see only the part that codec.decoder.buckets: aspect draws; goes with it")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward pass")
     batch: PositiveInt = Field(32, description="images per forward pass")
 
@@ -68,6 +69,12 @@ class EncoderConfig(Section):
     def _levels(self) -> Self:
         if self.levels == "pyramid" and self.kind != "efficientnet-lite2":
             raise ValueError(f"levels = pyramid exists for efficientnet-lite2 only; kind = {self.kind} has levels = last")
+        if self.crop == "bucket" and self.kind == "efficientnet-lite2":
+            raise Unworkable(
+                "crop = bucket with kind = efficientnet-lite2",
+                "it sees squares, whatever the shape of the picture",
+                "use kind: siglip2, or crop: none",
+            )
         return self
 
 
@@ -114,7 +121,10 @@ class DecoderConfig(Section):
     vae_channels: PositiveInt = Field(16, description="channels of the VAE's latents; FLUX: 16")
     vae_scale: PositiveInt = Field(8, description="pixels per side of a cell of the VAE's latents; FLUX: 8")
     vae_tile_px: int = Field(0, ge=0, description="decode larger pictures in overlapping tiles of this side, pixels; 0 = whole")
-    image_px: PositiveInt = Field(64, description="side of the decoded image, pixels")
+    image_px: PositiveInt = Field(64, description="side of the decoded image, pixels; buckets aspect: of the square one")
+    buckets: Literal["square", "aspect"] = Field(
+        "square", description="aspect: 33 shapes from 1:4 to 4:1, all of about image_px x image_px pixels; square: white at the sides"
+    )
     patch_px: PositiveInt = Field(4, description="side of a patch, pixels; space vae: cells (FLUX: 2)")
     init_from: str = Field("", description="folder of a published FluxTransformer2DModel, or one with transformer/ in it; empty = random initialisation")
     double_blocks: int = Field(2, ge=0, description="blocks with separate image and token streams")
@@ -176,10 +186,15 @@ class CodecConfig(Section):
     decoder: DecoderConfig = DecoderConfig()
     latent_noise_tau: NonNegative = Field(0.0, description="decoder sees latents plus noise of std tau x U(0, 1), in latent stds")
     flow_remaining: Fraction = Field(0.0, description="c: the flow error is weighted by ((1-t) / max(1-t, c))^2; 0 = not weighted, 1 = error of the clean image")
-    perceptual: Literal["none", "lpips-alex", "lpips-vgg"] = Field("lpips-alex", description="network of the perceptual loss term")
-    perceptual_path: str = Field("assets/lpips", description="folder of the perceptual networks' safetensors")
-    perceptual_weight: NonNegative = Field(0.5, description="lambda of the perceptual term")
+    perceptual: Literal["none", "lpips-alex", "lpips-vgg", "efficientnet-lite2", "resnet50"] = Field(
+        "lpips-alex", description="network of the perceptual loss term; not the encoder, and better none that evaluation measures with (lpips-vgg, resnet50)"
+    )
+    perceptual_path: str = Field("assets/lpips", description="folder of that network's safetensors, such as assets/lpips or assets/efficientnet-lite2")
+    perceptual_weight: NonNegative = Field(0.5, description="lambda of the perceptual term, once it is fully on")
     perceptual_min_t: Fraction = Field(0.5, description="the perceptual term looks only at samples with t >= this (low noise)")
+    perceptual_px: int = Field(0, ge=0, description="longer side at which the network sees the pictures, reduced or enlarged; space vae: side of the crop that is decoded for it; 0 = as they are")
+    perceptual_start: int = Field(0, ge=0, description="steps of the stage before the perceptual term comes in")
+    perceptual_ramp: int = Field(0, ge=0, description="steps over which its weight then rises")
     timestep: Literal["uniform", "logit-normal"] = Field("uniform", description="how t is drawn in training")
     timestep_shift: float = Field(1.0, gt=0, description="s in t' = 1 - s(1-t)/(1+(s-1)(1-t)); > 1 means more noise")
     resolution_shift: bool = Field(False, description="instead of timestep_shift: s = exp(mu), mu linear in the patches of a picture from (256, 0.5) to (4096, 1.15), as FLUX")
@@ -351,13 +366,15 @@ class SampleConfig(Section):
 
 
 class EvalConfig(Section):
-    """What `unicom eval --suite quick` needs."""
+    """What `unicom eval` needs."""
 
     judge_path: str = Field("assets/resnet50", description="folder of the ResNet50 that judges generated pictures")
     lpips_path: str = Field("assets/lpips", description="folder of the LPIPS networks")
     images: PositiveInt = Field(64, description="held-out images reconstructed")
     prompts: PositiveInt = Field(64, description="training captions drawn and judged by nearest prototype")
     fixed_t: list[Fraction] = Field([0.1, 0.3, 0.5, 0.7, 0.9], description="times at which the flow loss is measured")
+    fid_path: str = Field("assets/fid-inception", description="suite reconstruction: folder of the Inception network of FID; empty = no rFID, no KID")
+    fid_protocol: Literal["torch-fidelity", "clean-fid", "pytorch-fid"] = Field("torch-fidelity", description="whose resizing to 299 px and value range FID uses")
 
 
 class AblationConfig(Section):
@@ -415,6 +432,27 @@ class Config(Section):
                     f"it does not divide into dp x micro_batches = {replicas} x {stage.micro_batches} equal pieces",
                     f"use {_multiples(stage.batch, share)}",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _views(self) -> Self:
+        buckets, crop = self.codec.decoder.buckets, self.encoder.crop
+        if (buckets == "aspect") != (crop == "bucket"):
+            raise Unworkable(
+                f"codec.decoder.buckets = {buckets} with encoder.crop = {crop}",
+                "the encoder has to see what the decoder draws, no more and no less of the picture",
+                "codec.decoder.buckets: aspect with encoder.crop: bucket, or codec.decoder.buckets: square with encoder.crop: none",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _perceptual(self) -> Self:
+        if self.codec.perceptual == self.encoder.kind:
+            raise Unworkable(
+                f"codec.perceptual = {self.codec.perceptual} with encoder.kind = {self.encoder.kind}",
+                "what the encoder does not see, a loss in its own features does not miss",
+                "use another network, such as lpips-alex",
+            )
         return self
 
     @model_validator(mode="after")
