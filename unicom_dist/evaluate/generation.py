@@ -77,12 +77,13 @@ class Gallery:
 
 
 def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> list[Image.Image]:
-    """A picture for each pair's caption as the recipe's `sample` section says, on the grid of the pair's features."""
+    """A picture for each pair's caption as the recipe's `sample` section says, on the grid of the pair's latents."""
     sample = config.sample
     # A fresh flow head is zero: the velocity is 0 everywhere and one step ends where any number of steps would.
     steps = sample.steps if any(weight.any() for weight in pipeline.prior.model.flow_head.out.parameters()) else 1
     pictures: dict[int, Image.Image] = {}
     seeds = {number: sample.seed + number for number in range(len(pairs))}
+    latent_grid = pipeline.codec.config.compressor.latent_grid
     for grid in {pair.grid for pair in pairs}:
         chosen = [number for number, pair in enumerate(pairs) if pair.grid == grid]
         drawn = pipeline(
@@ -92,7 +93,7 @@ def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> lis
             sample.guidance,
             sample.solver,
             sample.decoder_steps,
-            grid,
+            latent_grid(grid),
         )
         pictures.update(zip(chosen, drawn, strict=True))
     return [pictures[number] for number in range(len(pairs))]

@@ -28,7 +28,7 @@ def ssim(images: Tensor, references: Tensor, sigma: float = 1.5) -> Tensor:
     """
     if min(images.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs pictures of at least 11 px a side, got {tuple(images.shape[-2:])}")
-    offset = torch.arange(-5, 6, dtype=torch.float64)
+    offset = torch.arange(-5, 6, dtype=torch.float64, device=images.device)
     window = torch.exp(-offset.square() / (2 * sigma**2))
     window = window / window.sum()
 

@@ -13,12 +13,15 @@ Better = Literal["higher", "lower"]
 
 @dataclass(frozen=True)
 class Row:
-    """`metric` on `split` over `n` samples; `untrained` is the same figure for the untrained model, if it has one."""
+    """`metric` on `split` over `n` samples; `untrained` is the same figure for the untrained model, if it has one.
+
+    Figures of a whole set (rFID) have no interval: drawing pictures twice would shrink the set's covariance.
+    """
 
     metric: str
     split: str
     value: float
-    ci: tuple[float, float]
+    ci: tuple[float, float] | None
     n: int
     better: Better
     untrained: float | None
@@ -27,11 +30,10 @@ class Row:
 
     @property
     def beats_all(self) -> bool:
-        """Whether the whole interval lies on the better side of every baseline."""
+        """Whether the whole interval, or the figure where there is none, lies on the better side of every baseline."""
         others = [v for v in (self.untrained, self.trivial and self.trivial[1]) if v is not None]
-        if self.better == "higher":
-            return all(self.ci[0] > other for other in others)
-        return all(self.ci[1] < other for other in others)
+        low, high = self.ci or (self.value, self.value)
+        return all(low > other if self.better == "higher" else high < other for other in others)
 
     def as_dict(self) -> dict[str, Any]:
         """The form of `eval.json`."""
@@ -39,7 +41,7 @@ class Row:
             "metric": self.metric,
             "split": self.split,
             "value": self.value,
-            "ci": list(self.ci),
+            "ci": self.ci and list(self.ci),
             "n": self.n,
             "better": self.better,
             "beats_all": self.beats_all,
@@ -85,7 +87,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
             f"{row.metric} {arrow}",
             row.split,
             f"[{style}]{_number(row.value)}[/]",
-            f"{_number(row.ci[0])} … {_number(row.ci[1])}",
+            "" if row.ci is None else f"{_number(row.ci[0])} … {_number(row.ci[1])}",
             "" if row.untrained is None else _number(row.untrained),
             "" if row.trivial is None else f"{_number(row.trivial[1])} ({row.trivial[0]})",
             str(row.n),
