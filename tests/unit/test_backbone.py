@@ -5,7 +5,7 @@ import torch
 
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models.backbone import Qwen2
-from unicom_dist.models.decoder import flux_class
+from unicom_dist.models.diffusers_classes import diffusers_class
 from unicom_dist.models.segments import Segment
 
 VOCABULARY = 97
@@ -18,7 +18,8 @@ def config(tied: bool = False, recompute: bool = False) -> PriorConfig:
 
 
 def reference(tied: bool) -> torch.nn.Module:
-    flux_class()  # hides a torchvision that does not fit this torch, which would also break transformers
+    # Hides a torchvision that does not fit this torch, which would also break transformers.
+    diffusers_class("FluxTransformer2DModel")
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(5)

@@ -8,19 +8,13 @@ import pytest
 import torch
 
 from unicom_dist.config.schema import DecoderConfig
-from unicom_dist.models.decoder import (
-    LEAST_REMAINING,
-    PixelDecoder,
-    flux_class,
-    from_flux,
-    patchify,
-    to_flux,
-    token_under_patch,
-    unpatchify,
-)
+from unicom_dist.models.decoder import LEAST_REMAINING, DiffusionDecoder, from_flux, to_flux
+from unicom_dist.models.diffusers_classes import diffusers_class
 from unicom_dist.models.flow import interpolate, target
 from unicom_dist.models.init import initialise
+from unicom_dist.models.patches import patchify, token_under_patch, unpatchify
 
+FLUX = "FluxTransformer2DModel"
 CHANNELS = 20
 CONFIG = DecoderConfig(
     image_px=16, patch_px=4, double_blocks=2, single_blocks=2, heads=2, head_dim=16, rope_axes=(4, 6, 6)
@@ -36,15 +30,15 @@ def test_a_torchvision_of_another_torch_is_hidden(error: str, tmp_path: Path, mo
     del sys.modules["torchvision"]
     if error == "ValueError":  # nothing a mismatch ends in: not ours to hide
         with pytest.raises(ValueError, match="nms"):
-            flux_class()
+            diffusers_class(FLUX)
         return
-    assert flux_class().__name__ == "FluxTransformer2DModel"
+    assert diffusers_class(FLUX).__name__ == FLUX
     assert sys.modules["torchvision"] is None
 
 
-def decoder(config: DecoderConfig = CONFIG) -> PixelDecoder:
+def decoder(config: DecoderConfig = CONFIG) -> DiffusionDecoder:
     """A decoder none of whose parts is zero."""
-    built = PixelDecoder(config, CHANNELS).double()
+    built = DiffusionDecoder(config, CHANNELS).double()
     initialise(built, seed=2)
     return built
 
@@ -68,7 +62,7 @@ def test_output_equals_diffusers_own_forward(positions: str) -> None:
     if positions == "grid":  # 2 x 3 tokens over 4 x 4 patches: the centres of their cells
         places = torch.stack([grid[0, :, 0] * 2 + 0.5, (grid[0, :, 1] + 0.5) * 4 / 3 - 0.5], -1)
     ids = [torch.nn.functional.pad(x, (1, 0)) for x in (places, rows)]
-    reference = flux_class()(**network.flux.config).double()  # with its own attention processor
+    reference = diffusers_class(FLUX)(**network.flux.config).double()  # with its own attention processor
     reference.load_state_dict(network.flux.state_dict())
     theirs = reference(
         hidden_states=patchify(z_t, 4),

@@ -5,6 +5,7 @@ Time: t = 1 is data, z_t = t z1 + (1 - t) eps, v = z1 - eps.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from unicom_dist.config.schema import CodecConfig
 from unicom_dist.models.compressor import Compressor, Decompressor
-from unicom_dist.models.decoder import PixelDecoder
+from unicom_dist.models.decoder import DiffusionDecoder
 from unicom_dist.models.flow import clean_from_velocity, interpolate
 from unicom_dist.models.init import initialise
 
@@ -97,16 +98,18 @@ class LatentStats:
 class Codec(nn.Module):
     """Features to latents (`encode`), latents to the velocity of pixels (`decode_velocity`), both to train (`forward`).
 
-    Latents are un-normalised here; `LatentStats` belongs to the prior. `seed` alone decides the initial weights.
+    Latents are un-normalised here; `LatentStats` belongs to the prior. `seed` alone decides the initial weights, but
+    those of the decoder with `outline`: it is on the meta device, for `decoder_source` to give it published ones.
     """
 
-    def __init__(self, config: CodecConfig, encoder_channels: int, seed: int = 0) -> None:
+    def __init__(self, config: CodecConfig, encoder_channels: int, seed: int = 0, outline: bool = False) -> None:
         super().__init__()
         self.config = config
         self.encoder_channels = encoder_channels
         self.compressor = Compressor(config.compressor, encoder_channels)
         self.decompressor = Decompressor(config.compressor, encoder_channels)
-        self.decoder = PixelDecoder(config.decoder, config.compressor.expanded or encoder_channels)
+        with torch.device("meta") if outline else nullcontext():
+            self.decoder = DiffusionDecoder(config.decoder, config.compressor.expanded or encoder_channels)
         initialise(self, seed)
         self.decoder.reset()
 

@@ -4,6 +4,8 @@ Time: t = 1 is data. z_t = t z1 + (1 - t) eps and v = dz_t/dt = z1 - eps. Ref: U
 FLUX and diffusers run the other way; the conversion is in `decoder.py`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,10 +39,27 @@ def shift(t: Tensor, factor: float) -> Tensor:
     return 1 - factor * sigma / (1 + (factor - 1) * sigma)
 
 
-def sample_t(config: CodecConfig | PriorConfig, n: int, generator: torch.Generator) -> Tensor:
-    """n times in [0, 1], float32, by `config.timestep` and `config.timestep_shift`; consumes `generator` only."""
+def flux_shift(patches: int) -> float:
+    """FLUX's shift for pictures of so many patches: exp(mu), mu linear from (256, 0.5) to (4096, 1.15) and beyond."""
+    return math.exp(0.5 + (patches - 256) * (1.15 - 0.5) / (4096 - 256))
+
+
+def shift_factor(config: CodecConfig | PriorConfig, patches: int = 0) -> float:
+    """The shift that `config` asks for, in training as in drawing; `patches` of the picture matter to a codec's alone.
+
+    ValueError: they matter and were not given.
+    """
+    if isinstance(config, PriorConfig) or not config.resolution_shift:
+        return config.timestep_shift
+    if patches < 1:
+        raise ValueError("resolution_shift needs the number of patches")
+    return flux_shift(patches)
+
+
+def sample_t(config: CodecConfig | PriorConfig, n: int, generator: torch.Generator, patches: int = 0) -> Tensor:
+    """n times in [0, 1], float32, by `config.timestep` and `shift_factor`; consumes `generator` only."""
     if config.timestep == "uniform":
         t = torch.rand(n, generator=generator)
     else:
         t = torch.randn(n, generator=generator).sigmoid()
-    return shift(t, config.timestep_shift)
+    return shift(t, shift_factor(config, patches))

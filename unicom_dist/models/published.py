@@ -44,7 +44,7 @@ def published_source(config: PriorConfig, source_ids: Sequence[int]) -> Source:
     check_architecture(config, folder)
     files: dict[str, tuple[Path, Any]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with _readable(path):
+        with readable(path):
             file: Any = safe_open(path, framework="pt")
             files |= dict.fromkeys(file.keys(), (path, file))
 
@@ -57,7 +57,7 @@ def published_source(config: PriorConfig, source_ids: Sequence[int]) -> Source:
                 "a folder with all *.safetensors of the model",
             )
         path, file = files[name]
-        with _readable(path):
+        with readable(path):
             stored = file.get_slice(name)
             check_shape(piece, tuple(stored.get_shape()), name in TABLES, folder)
             mine = slice(piece.begin, piece.begin + piece.cut[piece.dim])
@@ -79,7 +79,8 @@ def _as_slice(rows: list[int]) -> slice | list[int]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """CheckpointError, naming `path`, when what is done to that file fails."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -165,7 +166,7 @@ def prior_section(folder: Path) -> dict[str, Any]:
         ) from None
     stored: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with _readable(path), safe_open(path, framework="pt") as file:
+        with readable(path), safe_open(path, framework="pt") as file:
             stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     wrong = sorted(name for name, shape in wanted.items() if stored.get(name) != shape)

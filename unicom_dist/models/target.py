@@ -37,6 +37,12 @@ def target_shape(config: DecoderConfig, height: int, width: int) -> tuple[int, i
     return channels, height // scale, width // scale
 
 
+def patch_count(config: DecoderConfig, height: int, width: int) -> int:
+    """Patches of a picture of height x width pixels. ConfigError as `target_shape`."""
+    _, rows, columns = target_shape(config, height, width)
+    return (rows // config.patch_px) * (columns // config.patch_px)
+
+
 class Target(Protocol):
     """A target space. `fingerprint` is empty where there are no weights."""
 
