@@ -8,7 +8,9 @@ import torch
 from unicom_dist.config.schema import CodecConfig, StageConfig
 from unicom_dist.models.codec import CodecBatch
 from unicom_dist.models.segments import PackedBatch
+from unicom_dist.models.target import PixelTarget
 from unicom_dist.objective.perceptual import Lpips
+from unicom_dist.objective.perceptual_loss import PerceptualLoss
 from unicom_dist.objective.terms import codec_counts, codec_terms, prior_counts, prior_terms, total
 
 STAGE = StageConfig(name="sft", kind="prior", steps=1, lambda_text=1.5, lambda_flow=5.0)
@@ -105,7 +107,8 @@ def test_perceptual_term_looks_at_low_noise_images_alone() -> None:
     config = CodecConfig(perceptual_min_t=0.5, perceptual_weight=0.7)
     (velocity, clean), batch = codec_step([0.1, 0.5, 0.9, 0.4])
     assert codec_counts(batch, config) == {"flow": 4, "perceptual": 2}
-    terms = codec_terms((velocity, clean), batch, config, network)
+    perceptual = PerceptualLoss(network, PixelTarget(config.decoder))
+    terms = codec_terms((velocity, clean), batch, config, perceptual)
     loss = total(terms, codec_counts(batch, config))
     expected = (velocity - (batch.images - batch.noise)).square().mean()
     expected = expected + 0.7 * network(clean[1:3], batch.images[1:3]).mean()
@@ -118,7 +121,7 @@ def test_perceptual_term_looks_at_low_noise_images_alone() -> None:
 def test_perceptual_term_of_no_image_is_an_exact_zero_on_the_graph() -> None:
     config = CodecConfig()
     outputs, batch = codec_step([0.1, 0.2])
-    terms = codec_terms(outputs, batch, config, Lpips("alex"))
+    terms = codec_terms(outputs, batch, config, PerceptualLoss(Lpips("alex"), PixelTarget(config.decoder)))
     assert terms["perceptual"].sum.item() == 0
     total(terms, codec_counts(batch, config)).backward()
     assert outputs[1].grad is not None

@@ -15,7 +15,7 @@ from unicom_dist.config.schema import CodecConfig, StageConfig
 from unicom_dist.models.codec import CodecBatch
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.objective.flow import squared_error
-from unicom_dist.objective.perceptual import Lpips
+from unicom_dist.objective.perceptual_loss import PerceptualLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def _low_noise(batch: CodecBatch, config: CodecConfig) -> Tensor:
 def codec_counts(batch: CodecBatch, config: CodecConfig) -> dict[str, int]:
     """Items of each term of `codec_terms`: images, and images with little enough noise for the perceptual term."""
     counts = {"flow": batch.images.shape[0]}
-    if config.perceptual != "none":
+    if config.perceptual != "none" and config.perceptual_weight:
         counts["perceptual"] = _low_noise(batch, config).shape[0]
     if config.compressor.bottleneck == "kl":
         counts["kl"] = batch.images.shape[0]
@@ -81,26 +81,27 @@ def codec_counts(batch: CodecBatch, config: CodecConfig) -> dict[str, int]:
 
 
 def codec_terms(
-    outputs: tuple[Tensor, ...], batch: CodecBatch, config: CodecConfig, perceptual: Lpips | None
+    outputs: tuple[Tensor, ...], batch: CodecBatch, config: CodecConfig, perceptual: PerceptualLoss | None
 ) -> dict[str, LossTerm]:
-    """`flow`: squared error of the velocity per image, mean over pixels. `perceptual`: LPIPS of the clean estimate.
+    """`flow`: squared error of the velocity per image, mean over values. `perceptual`: distance of the clean estimate.
 
     `kl`, with that bottleneck: divergence of the posterior, per image, mean over latents and channels.
 
     With `flow_remaining` = c > 0 the flow error near the data is weighted down by ((1-t) / max(1-t, c))^2, which is the
     error of the clean image there: at low noise z_t alone shows the picture, and a small decoder would learn to ignore
     its tokens.
-    `perceptual` is the network, None iff `config.perceptual` is "none".
+    `perceptual` is None iff `config.perceptual` is "none"; with `perceptual_weight` = 0 the term is left out as well.
     """
     velocity, clean = outputs[:2]
     counts = codec_counts(batch, config)
     remaining = 1 - batch.t.float()
     weight = (remaining / remaining.clamp_min(config.flow_remaining)).square().nan_to_num(1.0)
-    error = squared_error(velocity, batch.images, batch.noise)
+    error = squared_error(velocity, batch.target, batch.noise)
     terms = {"flow": LossTerm((weight * error).sum(), counts["flow"], 1.0)}
-    if perceptual is not None:
+    if perceptual is not None and "perceptual" in counts:
         chosen = _low_noise(batch, config)
-        distance = perceptual(clean[chosen], batch.images[chosen]) if counts["perceptual"] else clean[:0]
+        shown = clean[chosen], batch.images[chosen], batch.noise[chosen]
+        distance = perceptual(*shown) if counts["perceptual"] else clean[:0]
         terms["perceptual"] = LossTerm(distance.sum(), counts["perceptual"], config.perceptual_weight)
     if "kl" in counts:
         terms["kl"] = LossTerm(outputs[2].sum(), counts["kl"], config.compressor.kl_weight)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +30,7 @@ from unicom_dist.parallel.kernels import choose
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.plain import PlainEngine
 from unicom_dist.parallel.zero import ZeroEngine
+from unicom_dist.train.alone import alone
 from unicom_dist.train.callbacks import Observer
 from unicom_dist.train.ema import Ema
 from unicom_dist.train.execution import Execution
@@ -88,13 +90,19 @@ def train_stage(
                 )
         observer.finish()
     run.store.wait()
-    last_checkpoint = latest(run.store.folder) if mesh.rank == 0 else None
-    if last_checkpoint is not None:  # that of the last step; its tensors need not fit in memory together
-        averages = Checkpoint(last_checkpoint).tensors("ema")
-        run.task.export(Path(config.run_dir) / "weights" / stage.name, averages, run.step)
+    what = f"exporting the weights of {stage.name}"
+    alone(mesh, Path(config.run_dir), what, partial(export, run), config.parallel.timeout_s)
     run.loader.close()
     run.engine.close()
     mesh.barrier()
+
+
+def export(run: Run) -> None:
+    """Write the averages in the stage's last checkpoint as a folder others can read, one tensor in memory at a time."""
+    last = latest(run.store.folder)
+    assert last is not None
+    folder = Path(run.config.run_dir) / "weights" / run.stage.name
+    run.task.export(folder, Checkpoint(last).tensors("ema"), run.step)
 
 
 def train_step(run: Run, observer: Observer) -> bool:
@@ -104,6 +112,7 @@ def train_step(run: Run, observer: Observer) -> bool:
         run.watchdog.doing("waiting for data")
         batches = run.loader.next_step()
         waited = time.perf_counter() - began
+        run.task.begin_step(run.step)
         run.watchdog.doing("sum of the counts over all ranks")
         counts, amounts, stopping = count_step(run, batches)
         if run.mesh.device.type != "cpu":

@@ -31,8 +31,9 @@ from unicom_dist.models.kernels import use
 from unicom_dist.models.published import published_source
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.sharding import outline
+from unicom_dist.models.target import Target, build_target
 from unicom_dist.models.transfusion import Transfusion, initial_weight
-from unicom_dist.objective.perceptual import Lpips
+from unicom_dist.objective.perceptual_loss import PerceptualLoss, load_perceptual, scheduled
 from unicom_dist.objective.terms import LossTerm, codec_counts, codec_terms, prior_counts, prior_terms
 from unicom_dist.parallel.kernels import choose
 from unicom_dist.parallel.mesh import Mesh
@@ -96,6 +97,10 @@ class Task(ABC, Generic[Batch]):
         """Whether the stage starts this tensor from `build`'s values rather than from the stage before."""
         return False
 
+    def begin_step(self, step: int) -> None:
+        """What of the loss follows the step; `step` steps of the stage are finished."""
+        return
+
     def after_step(self, mesh: Mesh) -> None:
         """What the model keeps beside its weights follows the step. Collective over the world."""
 
@@ -132,17 +137,19 @@ class CodecTask(Task[CodecBatch]):
         pairs = open_set(config, "train")
         self._channels = feature_channels(pairs, config.encoder.kind)
         self._fingerprint = pairs.part_manifests[config.encoder.kind].fingerprint
-        self._perceptual: Lpips | None = None
+        self._target: Target | None = None
+        self._perceptual: PerceptualLoss | None = None
+        self._now = scheduled(config.codec, 0)  # the loss of the step
         self._flops: dict[tuple[int, ...], float] = {}  # by shape: counting takes longer than a small step may
         with torch.device("meta"):  # an engine may have split the weights of the model itself
             self._shapes = Codec(config.codec, self._channels)
 
     def build(self, mesh: Mesh) -> nn.Module:
-        kind = self.config.codec.perceptual
-        if kind != "none" and self._perceptual is None:
-            folder = self.config.codec.perceptual_path
-            self._perceptual = Lpips.load("alex" if kind == "lpips-alex" else "vgg", folder).eval()
-            self._perceptual = self._perceptual.to(dtype_of(self.stage.precision))
+        if self._target is None:
+            self._target = build_target(self.config.codec.decoder, mesh.device)
+            self._perceptual = load_perceptual(self.config.codec, self._target)
+            if self._perceptual is not None:
+                self._perceptual.to(mesh.device, dtype_of(self.stage.precision))
         module = Codec(self.config.codec, self._channels, self.config.seed)
         if self.stage.trainable == "decoder":
             joint = StoredWeights(joint_folder(self.config, self.stage) / "compressor")
@@ -159,7 +166,14 @@ class CodecTask(Task[CodecBatch]):
         return CodecLoader(self.config, self.stage, mesh.dp.rank, mesh.dp.size, expect_fingerprint=expected)
 
     def counts(self, batch: CodecBatch) -> dict[str, int]:
-        return codec_counts(batch, self.config.codec)
+        return codec_counts(batch, self._now)
+
+    def begin_step(self, step: int) -> None:
+        self._now = scheduled(self.config.codec, step)
+
+    def figures(self, mesh: Mesh, step: int) -> dict[str, float]:
+        ramped = self.config.codec.perceptual_start + self.config.codec.perceptual_ramp
+        return {"perceptual_weight": self._now.perceptual_weight} if ramped else {}
 
     def amounts(self, batch: CodecBatch) -> dict[str, float]:
         shape = (*batch.features.shape, int(batch.mask.sum()))
@@ -168,9 +182,7 @@ class CodecTask(Task[CodecBatch]):
         return {"images": float(batch.images.shape[0]), "flops": self._flops[shape]}
 
     def terms(self, outputs: Any, batch: CodecBatch) -> dict[str, LossTerm]:
-        if self._perceptual is not None:
-            self._perceptual.to(batch.images.device)  # with the first batch it follows the model
-        return codec_terms(outputs, batch, self.config.codec, self._perceptual)
+        return codec_terms(outputs, batch, self._now, self._perceptual)
 
     def heldout(self) -> Iterator[tuple[str, CodecBatch]]:
         for t in self.config.eval.fixed_t:
