@@ -4,7 +4,8 @@ Every error has four parts: what was found, why it cannot work, what would, and 
 `unicom` prints them without a traceback and exits with the class's code.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 class UnicomError(Exception):
@@ -18,6 +19,11 @@ class UnicomError(Exception):
 
     def __reduce__(self) -> tuple[type["UnicomError"], tuple[str, str, str, str]]:
         return type(self), (self.what, self.why, self.remedy, self.docs)
+
+    def record(self) -> dict[str, str]:
+        """As JSON values, for another process; see `from_record`."""
+        parts = {"what": self.what, "why": self.why, "remedy": self.remedy, "docs": self.docs}
+        return {"type": type(self).__name__, **parts}
 
     def __str__(self) -> str:
         parts = [self.what]
@@ -76,3 +82,10 @@ class Preempted(UnicomError):
     """The run was asked to stop, wrote a checkpoint and may be started again."""
 
     exit_code = 75
+
+
+def from_record(record: Mapping[str, Any]) -> UnicomError:
+    """The error that another process described by `UnicomError.record`."""
+    kinds = {kind.__name__: kind for kind in UnicomError.__subclasses__()}
+    kind = kinds.get(record["type"], UnicomError)
+    return kind(record["what"], record["why"], record["remedy"], record["docs"])

@@ -20,8 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from unicom_dist.config import errors
-from unicom_dist.config.errors import HangError, Preempted, PreflightError, UnicomError
+from unicom_dist.config.errors import HangError, Preempted, PreflightError, UnicomError, from_record
 from unicom_dist.config.schema import Config
 
 STACK_SIGNAL = signal.SIGUSR2  # makes a rank write its stacks to its log, whatever it is stuck in
@@ -223,10 +222,7 @@ def _cause(codes: list[int | None], run_dir: Path) -> UnicomError:
         stalled = [other["why"] for _, _, other in records if other["what"] == record["what"]]
         if record["type"] == "HangError" and len(stalled) > 1:  # where each of them was
             record["why"] = "; ".join(stalled)
-        kind = getattr(errors, record["type"], UnicomError)
-        error = kind(record["what"], record["why"], record["remedy"], record["docs"])
-        assert isinstance(error, UnicomError)
-        return error
+        return from_record(record)
     rank = next(rank for rank, code in enumerate(codes) if code not in (None, 0))
     return PreflightError(
         f"rank {rank} could not start (exit code {codes[rank]})",

@@ -11,7 +11,9 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from unicom_dist.config.errors import ConfigError, Preempted, PreflightError, UnicomError
@@ -58,15 +60,13 @@ def run(
             if stage.kind == "latents":
                 if rank == 0:
                     say(f"{stage.name}: computing the latents of all images")
-                    run_latents(config)
-                _wait_for_latents(config)
+                _on_rank_0(config, "computing the latents", partial(run_latents, config))
             elif joined():
                 _train_joined(config, todo)
             else:
                 _train_here(config, todo, say)
     except BaseException as error:
-        if rank == 0:
-            final_status(config, error)
+        final_status(config, error, keep=joined())
         raise
     if joined():
         from unicom_dist.parallel.mesh import close_mesh
@@ -139,11 +139,17 @@ def preflight(config: Config) -> None:
         )
 
 
-def _wait_for_latents(config: Config) -> None:
-    """Ranks that torchrun or srun started wait while rank 0 computes the latents (it writes the statistics last)."""
-    path = Path(config.run_dir) / "latents" / "stats.json"
-    while not path.is_file():
-        time.sleep(1.0)
+def _on_rank_0(config: Config, what: str, work: Callable[[], object]) -> None:
+    """Do `work` here, or on rank 0 of those that torchrun or srun started while the others wait. Collective."""
+    from unicom_dist.train.alone import alone
+    from unicom_dist.train.launch import joined
+
+    if not joined():
+        work()
+        return
+    from unicom_dist.parallel.mesh import Mesh, join
+
+    alone(Mesh(*join(config.parallel.timeout_s)), Path(config.run_dir), what, work, config.parallel.timeout_s)
 
 
 def prepare_vocabulary(config: Config) -> None:
@@ -168,26 +174,33 @@ def _train_here(config: Config, stages: list[StageConfig], say: Callable[[str], 
 
 def _train_joined(config: Config, stages: list[StageConfig]) -> None:
     """This process is a rank already: join the others and train."""
-    from unicom_dist.parallel.mesh import init_mesh
     from unicom_dist.train.signals import StopRequest
-    from unicom_dist.train.worker import quiet_libraries, run_stages
+    from unicom_dist.train.worker import known_error, quiet_libraries, run_stages
 
     quiet_libraries()
-    mesh = init_mesh(timeout_s=config.parallel.timeout_s)
     if any(stage.kind == "prior" for stage in stages):
-        if mesh.rank == 0:
-            prepare_vocabulary(config)
-        mesh.barrier()
+        _on_rank_0(config, "preparing the vocabulary", partial(prepare_vocabulary, config))
     with StopRequest() as stop:
-        run_stages(config, [stage.name for stage in stages], stop)
+        try:
+            run_stages(config, [stage.name for stage in stages], stop, partial(final_status, config, keep=True))
+        except UnicomError:
+            raise
+        except Exception as error:
+            traceback.print_exception(error)
+            raise known_error(error, int(os.environ["RANK"]), "the traceback is above") from None
 
 
-def final_status(config: Config, error: BaseException) -> None:
-    """What ended the run, in its status file."""
+def final_status(config: Config, error: BaseException, *, keep: bool = False) -> None:
+    """What ended the run, in its status file.
+
+    `keep`: unless it says so already. Of several ranks the first to end knows the cause; the others end because of it.
+    """
     code = error.exit_code if isinstance(error, UnicomError) else 1
     what = error.what if isinstance(error, UnicomError) else repr(error)
     state: State = "preempted" if isinstance(error, Preempted) else "failed"
-    before = read_status(config.run_dir)  # how far it came
+    before = read_status(config.run_dir, check_process=False)  # how far it came
+    if keep and before and before.final:
+        return
     stage, step = (before.stage, before.step) if before else ("", 0)
     try:
         write_status(config.run_dir, state, stage=stage, step=step, exit_code=code, message=what)

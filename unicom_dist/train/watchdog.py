@@ -32,12 +32,12 @@ COLLECTIVES = 8  # of the flight recorder's, in the log
 class Watchdog:
     """A context manager around a rank's training. Without `stall_s` it only remembers what the rank is doing.
 
-    `ended(error)` is called from the watchdog's thread before the process ends; it should leave the error where the
-    launcher looks for it.
+    `stalled(error)` is called from the watchdog's thread before the process ends; it should leave the error where the
+    launcher, or a reader of the run's status, looks for it.
     """
 
-    def __init__(self, stall_s: float = 0.0, ended: Callable[[HangError], object] | None = None) -> None:
-        self.stall_s, self._ended = stall_s, ended
+    def __init__(self, stall_s: float = 0.0, stalled: Callable[[HangError], object] | None = None) -> None:
+        self.stall_s, self._stalled = stall_s, stalled
         self._what: tuple[Any, ...] = ("starting",)
         self._deadline = self._since = float("inf")
         self._limit = stall_s
@@ -85,8 +85,8 @@ class Watchdog:
         try:
             print(f"watchdog: {error.what}; {error.why}", file=sys.stderr)
             report_stacks()
-            if self._ended:
-                self._ended(error)
+            if self._stalled:
+                self._stalled(error)
             time.sleep(LINGER_S)
         finally:
             sys.stderr.flush()

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -40,19 +41,22 @@ def main() -> int:
             for number, (config, names) in enumerate(runs, 1):
                 if len(runs) > 1 and rank == 0:
                     print(f"{config.name} ({number} of {len(runs)})", file=terminal)
-                run_stages(config, names, stop, terminal, folder)
+                run_stages(config, names, stop, partial(_report, run_dir=folder, rank=rank), terminal)
             return 0
         except BaseException as error:
             return _report(error, folder, rank)
 
 
 def run_stages(
-    config: Config, names: list[str], stop: StopRequest, terminal: IO[str] | None = None, logs: Path | None = None
+    config: Config,
+    names: list[str],
+    stop: StopRequest,
+    stalled: Callable[[HangError], object],
+    terminal: IO[str] | None = None,
 ) -> None:
     """Train the named stages in order on this rank. Collective over the world. `terminal`: where rank 0 shows progress.
 
-    `logs`: where a rank that does not get on leaves its error; the run directory unless the run is one of several.
-
+    `stalled(error)` is the last that is called when this rank does not get on: its watchdog then ends the process.
     ConfigError: the layout or a batch does not suit the ranks that are there. Preempted, after a checkpoint: a stop was
     requested on some rank.
     """
@@ -67,8 +71,7 @@ def run_stages(
     config = with_precision(config, everyone)
     check_ranks(config, everyone.world)
     meshes: dict[Layout, Mesh] = {}  # a codec and a prior may be laid out differently
-    report = partial(_report, run_dir=logs or Path(config.run_dir), rank=everyone.rank)
-    with Watchdog(config.parallel.stall_s, report) as dog:
+    with Watchdog(config.parallel.stall_s, stalled) as dog:
         for name in names:
             stage = config.stage(name)
             layout = config.layout(stage, everyone.world)
@@ -103,20 +106,12 @@ def quiet_libraries() -> None:
 
 def _report(error: BaseException, run_dir: Path, rank: int) -> int:
     """Leave the error for the launcher, the traceback in the log; the exit status."""
-    known = error if isinstance(error, UnicomError) else _unexpected(error, run_dir, rank)
+    known = known_error(error, rank, f"the traceback is in {log_path(run_dir, rank)}")
     if not isinstance(error, UnicomError):
         traceback.print_exception(error, file=sys.stderr)
     elif not isinstance(error, NonFiniteError):
         print(error, file=sys.stderr)
-    record = {
-        "type": type(known).__name__,
-        "unexpected": known is not error,
-        "what": known.what,
-        "why": known.why,
-        "remedy": known.remedy,
-        "docs": known.docs,
-        "time": time.time(),
-    }
+    record = {**known.record(), "unexpected": known is not error, "time": time.time()}
     try:
         error_path(run_dir, rank).write_text(json.dumps(record), encoding="utf-8")
     except OSError:
@@ -125,9 +120,11 @@ def _report(error: BaseException, run_dir: Path, rank: int) -> int:
     return known.exit_code
 
 
-def _unexpected(error: BaseException, run_dir: Path, rank: int) -> UnicomError:
+def known_error(error: BaseException, rank: int, where: str) -> UnicomError:
+    """An error for the user: this one, or what an unexpected one means. `where` its traceback is."""
+    if isinstance(error, UnicomError):
+        return error
     text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    where = f"the traceback is in {log_path(run_dir, rank)}"
     if "imed out" in text:
         return HangError(f"rank {rank} waited too long for the others", f"{text}; {where}", "run again to continue")
     if any(sign in str(error) for sign in PEER_GONE):
