@@ -69,8 +69,9 @@ class Execution:
 
         def compute(micro: int, chunk: int, received: Payload) -> tuple[Payload, Tensor | None]:
             self._watchdog.doing("forward", micro, chunk)
-            output = self._engine(batches[micro], *self._inputs(chunk, received))
-            sent, terms = self._task.outcome(output, batches[micro], not received, self._is_last(chunk))
+            batch = self._task.completed(batches[micro])
+            output = self._engine(batch, *self._inputs(chunk, received))
+            sent, terms = self._task.outcome(output, batch, not received, self._is_last(chunk))
             observe(terms)
             return sent, total(terms, counts, self._mesh.zero.size) if terms else None
 
@@ -88,8 +89,9 @@ class Execution:
 
         def compute(micro: int, chunk: int, received: Payload) -> tuple[Payload, Tensor | None]:
             self._watchdog.doing("held-out batch", micro, chunk)
-            output = self._engine(batches[micro], *self._inputs(chunk, received))
-            sent, terms = self._task.outcome(output, batches[micro], not received, self._is_last(chunk))
+            batch = self._task.completed(batches[micro])
+            output = self._engine(batch, *self._inputs(chunk, received))
+            sent, terms = self._task.outcome(output, batch, not received, self._is_last(chunk))
             found[micro] = {**found[micro], **terms}
             return sent, None
 

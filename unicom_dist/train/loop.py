@@ -38,6 +38,7 @@ from unicom_dist.train.schedule import learning_rate
 from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.stages import Task
 from unicom_dist.train.tasks import make_task
+from unicom_dist.train.trained import trained_table
 from unicom_dist.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -217,6 +218,9 @@ def make_engine(task: Task[Any], config: Config, stage: StageConfig, mesh: Mesh)
     kernels = choose(config.kernels, cuda=mesh.device.type == "cuda")
     options = OptimizerConfig(stage.weight_decay, stage.betas, stage.eps, stage.clip, stage.precision, kernels)
     module = task.build(mesh)
+    table = trained_table(module, stage)
+    if mesh.rank == 0:
+        log.info("stage %s trains\n%s", stage.name, table)
     if mesh.layout.zero_stage == 0:
         return PlainEngine(module, options, mesh)
     settings = deepspeed_config(config.parallel, mesh.layout, stage.precision, config.deepspeed.extra)

@@ -25,13 +25,14 @@ from unicom_dist.data.prefetch import StepLoader
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.backbone import WHOLE, Part
 from unicom_dist.models.codec import Codec, CodecBatch, LatentStats
+from unicom_dist.models.decoder_weights import decoder_source
 from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.models.init import Source, fill, local_values
 from unicom_dist.models.kernels import use
 from unicom_dist.models.published import published_source
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.sharding import outline
-from unicom_dist.models.target import Target, build_target
+from unicom_dist.models.target import Target, build_target, check_vae, vae_fingerprint
 from unicom_dist.models.transfusion import Transfusion, initial_weight
 from unicom_dist.objective.perceptual_loss import PerceptualLoss, load_perceptual, scheduled
 from unicom_dist.objective.terms import LossTerm, codec_counts, codec_terms, prior_counts, prior_terms
@@ -44,6 +45,7 @@ from unicom_dist.parallel.precision import dtype_of
 from unicom_dist.parallel.tensor import materialise
 from unicom_dist.sample.loading import load_codec
 from unicom_dist.tracking.flops import codec_flops, prior_flops
+from unicom_dist.train.codec_inputs import CodecInputs
 from unicom_dist.train.pictures import draw_prompts, draw_reconstructions
 
 Batch = TypeVar("Batch", CodecBatch, PackedBatch)
@@ -77,6 +79,10 @@ class Task(ABC, Generic[Batch]):
     @abstractmethod
     def amounts(self, batch: Batch) -> dict[str, float]:
         """What throughput is measured in ("tokens", "latents", "images") and "flops" where they can be counted."""
+
+    def completed(self, batch: Batch) -> Batch:
+        """The batch, on the device, with what frozen networks make of it: all that the forward pass reads."""
+        return batch
 
     @abstractmethod
     def terms(self, outputs: Any, batch: Batch) -> dict[str, LossTerm]:
@@ -147,16 +153,29 @@ class CodecTask(Task[CodecBatch]):
     def build(self, mesh: Mesh) -> nn.Module:
         if self._target is None:
             self._target = build_target(self.config.codec.decoder, mesh.device)
+            self._inputs = CodecInputs(self.config, self._target)
             self._perceptual = load_perceptual(self.config.codec, self._target)
             if self._perceptual is not None:
                 self._perceptual.to(mesh.device, dtype_of(self.stage.precision))
-        module = Codec(self.config.codec, self._channels, self.config.seed)
+        decoder = self.config.codec.decoder
+        published = bool(decoder.init_from) and not any(
+            stage.kind == "codec" for stage in self.config.stages[: self.config.stages.index(self.stage)]
+        )  # later stages continue the one before
+        module = Codec(self.config.codec, self._channels, self.config.seed, outline=published)
+        if published:
+            self._source = decoder_source(module.decoder, self.config.seed)
+            if mesh.layout.zero_stage == 0:
+                materialise(module.decoder)
+                fill(module.decoder, self._source, "decoder.")
         if self.stage.trainable == "decoder":
             joint = StoredWeights(joint_folder(self.config, self.stage) / "compressor")
             values = {name: joint[name].float() for name in joint if self.begins(name)}
             module.load_state_dict(values, strict=False)
             module.compressor.requires_grad_(False)
         return module
+
+    def initial(self, name: str, parameter: nn.Parameter) -> Tensor:
+        return local_values(name, parameter, self._source)
 
     def begins(self, name: str) -> bool:
         return self.stage.trainable == "decoder" and name.startswith("compressor.")
@@ -184,6 +203,12 @@ class CodecTask(Task[CodecBatch]):
     def terms(self, outputs: Any, batch: CodecBatch) -> dict[str, LossTerm]:
         return codec_terms(outputs, batch, self._now, self._perceptual)
 
+    def completed(self, batch: CodecBatch) -> CodecBatch:
+        return self._inputs(batch)
+
+    def restore(self, description: Mapping[str, Any]) -> None:
+        check_vae(self.config.codec.decoder, description.get("vae_fingerprint", ""))
+
     def heldout(self) -> Iterator[tuple[str, CodecBatch]]:
         for t in self.config.eval.fixed_t:
             for batch in heldout_codec_batches(self.config, t, self.config.eval.images):
@@ -194,6 +219,8 @@ class CodecTask(Task[CodecBatch]):
         own = {}
         if self.stage.trainable == "decoder":  # it goes with the prior of the joint stage
             own = {"fingerprint": read_weights_config(joint_folder(self.config, self.stage))["codec_fingerprint"]}
+        if self.config.codec.decoder.space == "vae":
+            own["vae_fingerprint"] = vae_fingerprint(self.config.codec.decoder)
         return own | {
             "codec": self.config.codec.model_dump(mode="json"),
             "encoder": self.config.encoder.model_dump(mode="json"),
