@@ -160,20 +160,21 @@ def _axes(lines: list[Line], drawn: list[Points], may_be_log: bool) -> tuple[Axi
 
 def _frame(x_axis: Axis, y_axis: Axis) -> Markup:
     parts: list[Child] = []
-    for value in _ticks(y_axis, 5):
+    for value in ticks(y_axis, 5):
         y = round(y_axis.px(value), 1)
         parts.append(tag("line", class_="grid", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y))
         parts.append(tag("text", number(value), x=_LEFT - 5, y=y + 3.5, text_anchor="end"))
     bottom = HEIGHT - _BOTTOM
     parts.append(tag("line", class_="axis", x1=_LEFT, x2=WIDTH - _RIGHT, y1=bottom, y2=bottom))
-    for value in _ticks(x_axis, 5):
+    for value in ticks(x_axis, 5):
         x = round(x_axis.px(value), 1)
         parts.append(tag("line", class_="axis", x1=x, x2=x, y1=bottom, y2=bottom + 4))
         parts.append(tag("text", number(value), x=x, y=bottom + 15, text_anchor="middle"))
     return tag("g", *parts)
 
 
-def _ticks(axis: Axis, count: int) -> list[float]:
+def ticks(axis: Axis, count: int) -> list[float]:
+    """Round values on an axis, about `count` at most."""
     if axis.log:
         decades = math.log10(axis.high / axis.low)
         steps = (1.0,) if decades > 4 else (1.0, 3.0) if decades > 2 else (1.0, 2.0, 5.0)

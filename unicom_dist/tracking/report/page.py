@@ -1,17 +1,14 @@
-"""The report page: sections put together, nothing loaded from anywhere, a content policy that would forbid it."""
+"""The report page: what stands in which section."""
 
-import base64
-import hashlib
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from unicom_dist.tracking.console import format_duration
 from unicom_dist.tracking.report import tables
-from unicom_dist.tracking.report.assets import CSS, SCRIPT
 from unicom_dist.tracking.report.charts import Line, chart, number
 from unicom_dist.tracking.report.data import Curve, Run, load_run
+from unicom_dist.tracking.report.document import Section, document, write_page
 from unicom_dist.tracking.report.html import Child, Markup, join, tag
 from unicom_dist.tracking.report.pictures import captions, pictures
 
@@ -38,41 +35,17 @@ def run(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """
     runs = [load_run(folder) for folder in run_dirs]
     path = Path(out) if out else runs[0].folder / REPORT_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(render(runs), encoding="utf-8")
-    os.replace(temporary, path)
+    write_page(path, render(runs))
     return path
 
 
 def render(runs: list[Run]) -> str:
     """The whole page as HTML."""
     title = " · ".join(run.name for run in runs)
-    # The page may run its own script and show its own pictures; everything else is refused by the browser.
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    sections = [section for section in _sections(runs) if section[2]]
-    links = [tag("a", name, href=f"#{anchor}") for anchor, name, _ in sections]
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{title} – UniCom run"),
-        tag("style", Markup(CSS)),
-    )
-    body = tag(
-        "body",
-        _header(runs),
-        tag("nav", *links),
-        tag("main", *(tag("section", tag("h2", name), content, id=anchor) for anchor, name, content in sections)),
-        tag("div", id="tip", hidden=True),
-        tag("script", Markup(SCRIPT)),
-    )
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    return document(f"{title} – UniCom run", _header(runs), _sections(runs))
 
 
-def _sections(runs: list[Run]) -> list[tuple[str, str, Markup | None]]:
+def _sections(runs: list[Run]) -> list[Section]:
     return [
         ("pictures", "Pictures drawn from prompts", _per_run(runs, [pictures(run, "prompts") for run in runs])),
         ("reconstructions", "Reconstructions", _per_run(runs, [pictures(run, "reconstructions") for run in runs])),

@@ -6,6 +6,7 @@ Of many steps a few are shown, evenly spread, first and last always; a click enl
 import base64
 import io
 from itertools import groupby
+from pathlib import Path
 
 from PIL import Image
 
@@ -41,7 +42,7 @@ def spread(items: list[Grid], most: int) -> list[Grid]:
 
 
 def _figure(grid: Grid, lead: bool = False) -> Markup | None:
-    source = embed(grid)
+    source = embed(grid.path)
     if source is None:
         return None
     labels = grid.details.get("labels")
@@ -51,10 +52,10 @@ def _figure(grid: Grid, lead: bool = False) -> Markup | None:
     return tag("figure", tag("img", src=source, alt=f"{where}: {names}"), tag("figcaption", where))
 
 
-def embed(grid: Grid) -> str | None:
-    """The picture as a data address, as WebP where that is smaller; None when the file is not a picture."""
+def embed(path: Path) -> str | None:
+    """The picture in a file as a data address, as WebP where that is smaller; None when the file is not a picture."""
     try:
-        original = grid.path.read_bytes()
+        original = path.read_bytes()
         with Image.open(io.BytesIO(original)) as opened:
             image = opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError):
