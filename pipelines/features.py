@@ -29,6 +29,7 @@ from pipelines.parts import (
     check_room,
     part_sets,
     progress_rows,
+    reason_of,
     record,
     remove_leftovers,
     unfinished,
@@ -38,13 +39,13 @@ from pipelines.progress import JobProgress
 from pipelines.ray_pool import ActorPool, Resources, ray_session, resources
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, EncoderConfig
+from unicom_dist.data.decode import IMAGE_EXTENSIONS, decode_image
 from unicom_dist.data.manifest import Manifest, sha256_of
 from unicom_dist.data.npy import write_npy
 from unicom_dist.data.tar import Shard, ShardWriter
 from unicom_dist.models.encoders import Encoder, build_encoder, encoder_fingerprint, encoder_shape
 
 log = logging.getLogger(__name__)
-IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -89,8 +90,6 @@ class FeatureWorker:
             yield [(key, future.result()) for key, future in waiting.popleft()]
 
     def _prepare(self, source: Shard, number: int) -> Any:
-        from unicom_dist.data.decode import decode_image
-
         members = source[number]
         content = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
         if content is None:
@@ -98,7 +97,7 @@ class FeatureWorker:
         try:
             return self._encoder.preprocess(decode_image(content, source.keys[number]))
         except DataError as error:
-            return error.why or error.what
+            return reason_of(error, source.keys[number])
 
 
 def _batches(total: int, size: int) -> Iterator[range]:

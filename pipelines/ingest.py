@@ -19,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.parts import reason_of
 from pipelines.pictures import Stored, make_views
 from pipelines.progress import JobProgress
 from pipelines.sources import Record, Source, open_source
 from unicom_dist.config.errors import DataError, PreflightError
 from unicom_dist.config.schema import Config, DataConfig
 from unicom_dist.data.manifest import Manifest
+from unicom_dist.data.sizes import shard_sizes
 from unicom_dist.data.tar import ShardEntry, ShardWriter
 
 log = logging.getLogger(__name__)
@@ -215,6 +217,7 @@ def _write_set(
             for sample in itertools.chain([first], batch):
                 writer.write(sample.key, sample.members)
         entries.append(writer.entry)
+        shard_sizes(folder, writer.entry)
         samples += writer.entry.samples
     if not samples and name != "heldout":
         raise DataError(f"{folder}: no sample is left", f"{len(bad)} were skipped", "check the source", DOCS)
@@ -230,7 +233,7 @@ def _prepare(records: Sequence[Record], views: range, image_px: int, seed: int) 
         try:
             results.append(make_views(record, views, image_px, seed))
         except DataError as error:
-            results.append(error.what)
+            results.append(reason_of(error, record.key))
     return results
 
 

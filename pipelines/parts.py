@@ -176,6 +176,11 @@ def check_room(sets: Sequence[PartSet], needed: int) -> None:
         )
 
 
+def reason_of(error: DataError, key: str) -> str:
+    """Why a sample is left out, in a line for the manifest that names it anyway."""
+    return ": ".join(filter(None, (error.what.removeprefix(f"{key}: "), error.why)))
+
+
 def progress_rows(sets: Sequence[PartSet], ledger_file: Path, fingerprint: str) -> Iterator[dict[str, Any]]:
     """One row per set: shards done, shards in all, samples done."""
     done = read_ledger(ledger_file)

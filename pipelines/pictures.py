@@ -11,11 +11,11 @@ import math
 import random
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipelines.sources import Record
 from unicom_dist.config.errors import DataError
-from unicom_dist.data.decode import MAX_PIXELS
+from unicom_dist.data.decode import open_picture
 
 
 class Stored(NamedTuple):
@@ -25,24 +25,20 @@ class Stored(NamedTuple):
     members: dict[str, bytes]
 
 
-def open_picture(record: Record) -> Image.Image:
+def read_picture(record: Record) -> Image.Image:
     """The upright picture, RGBA if it has transparency, else RGB. DataError: missing, damaged, absurdly large."""
     try:
         content = record.read()
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
-            upright = ImageOps.exif_transpose(image)
-            return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     except FileNotFoundError as error:
         raise DataError("the file does not exist") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"the image cannot be read: {error}") from error
+    except OSError as error:
+        raise DataError(f"the file cannot be read: {error.strerror or error}") from error
+    return open_picture(content, record.key)
 
 
 def make_views(record: Record, views: range, image_px: int, seed: int) -> list[Stored]:
     """The stored samples of `views` of one record. DataError, in a few words, if the picture cannot be used."""
-    picture = open_picture(record)
+    picture = read_picture(record)
     scale = image_px / max(picture.size)
     if scale < 1:
         size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))

@@ -193,7 +193,7 @@ def test_one_sided_captions_are_never_mirrored(tmp_path: Path) -> None:
         found = set()
         for view in range(1, 25):
             image = pictures.augment(
-                pictures.open_picture(record(tmp_path / "a.png", caption)), record(tmp_path / "a.png", caption), view, 0
+                pictures.read_picture(record(tmp_path / "a.png", caption)), record(tmp_path / "a.png", caption), view, 0
             )
             pixels = np.asarray(image).astype(int)
             drawn = np.abs(pixels - pixels[0, -1]).sum(-1) > 60

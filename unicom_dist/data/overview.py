@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from unicom_dist.config.errors import DataError
-from unicom_dist.data.decode import decode_image
+from unicom_dist.data.decode import IMAGE_EXTENSIONS, decode_image
 from unicom_dist.data.manifest import Manifest
-from unicom_dist.data.pairs import IMAGE_EXTENSIONS, captions_of
+from unicom_dist.data.pairs import captions_of
 from unicom_dist.data.shardset import Sample, ShardSet
 from unicom_dist.data.tar import Shard
 

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config
+from unicom_dist.data.decode import IMAGE_EXTENSIONS
 from unicom_dist.data.npy import read_npy
 from unicom_dist.data.samples import TEMPLATE_TEXTS
 from unicom_dist.data.shardset import Sample, ShardSet
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.published import table_rows
-
-IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
 
 class Captions(NamedTuple):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config
-from unicom_dist.data.decode import decode_image, to_square
+from unicom_dist.data.buckets import Buckets
+from unicom_dist.data.decode import decode_image
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import read_npy, to_tensor, write_npy
 from unicom_dist.data.pairs import captions_of, grid_of, image_of, open_set
@@ -52,13 +53,13 @@ def read_pairs(config: Config, name: str, encoder: str) -> list[Pair]:
 
     DataError if none is left, or the features are not those of the encoder with the fingerprint `encoder`.
     """
-    kind, px = config.encoder.kind, config.codec.decoder.image_px
+    kind, buckets = config.encoder.kind, Buckets(config.codec.decoder)
     pairs = open_set(config, name, expect_fingerprint={kind: encoder})
     found = []
     for number in range(len(pairs)):
         sample = pairs[number]
         try:
-            pixels = to_square(decode_image(image_of(sample), f"{name}/{sample.key}"), px)
+            pixels = buckets.target(decode_image(image_of(sample), f"{name}/{sample.key}"))
             picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
             grid = grid_of(sample, kind, "features.npy")
             read = functools.partial(_features, pairs, number, kind)

@@ -26,6 +26,7 @@ from unicom_dist.models.encoders.base import (
     weights_digest,
     wrong_weights,
 )
+from unicom_dist.models.encoders.crop import crop_to_ratio
 
 log = logging.getLogger(__name__)
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
@@ -54,6 +55,7 @@ class Siglip2Encoder:
         self._model = model.eval().requires_grad_(False).to(device)
         self.channels: int = model.config.hidden_size
         self.max_tokens = config.max_patches
+        self._crop = config.crop == "bucket"
         self.patch_px: int = vision.get("patch_size", 16)
         self._name = config.path
 
@@ -62,6 +64,8 @@ class Siglip2Encoder:
 
     def preprocess(self, image: Image.Image) -> Prepared:
         image = image.convert("RGB")
+        if self._crop:
+            image = crop_to_ratio(image)
         rows, columns = naflex_grid(image.height, image.width, self.patch_px, self.max_tokens)
         size = (columns * self.patch_px, rows * self.patch_px)
         if image.size != size:
@@ -156,11 +160,13 @@ def siglip2_fingerprint(config: EncoderConfig) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise wrong_weights(folder, "siglip2", "no .safetensors file there")
+    cut = ", cut to one of 33 ratios" if config.crop == "bucket" else ""
+    view = f"naflex, bilinear, patch {vision.get('patch_size', 16)}, at most {config.max_patches} patches{cut}"
     return fingerprint(
         {
             "kind": config.kind,
             "weights": weights_digest(files),
-            "view": f"naflex, bilinear, patch {vision.get('patch_size', 16)}, at most {config.max_patches} patches",
+            "view": view,
             "dtype": config.dtype,
         }
     )
