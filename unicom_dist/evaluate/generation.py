@@ -94,6 +94,7 @@ def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> lis
             sample.solver,
             sample.decoder_steps,
             latent_grid(grid),
+            sample.decoder_guidance,
         )
         pictures.update(zip(chosen, drawn, strict=True))
     return [pictures[number] for number in range(len(pairs))]

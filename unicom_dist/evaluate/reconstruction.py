@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from unicom_dist.config.schema import Config
+from unicom_dist.data.buckets import Shape
 from unicom_dist.evaluate.heldout import Pair, to_unit
 from unicom_dist.evaluate.image_metrics import psnr, ssim
 from unicom_dist.evaluate.rows import Better, Row, measure
@@ -20,14 +21,17 @@ def reconstruct(pipeline: PictureCodec, pairs: Sequence[Pair], config: Config) -
     """The pairs' pictures, drawn anew from their features; seeds count up from the recipe's."""
     seeds = [config.sample.seed + number for number in range(len(pairs))]
     features = [pair.features for pair in pairs]
-    return pipeline.reconstruct(features, seeds, config.sample.decoder_steps, config.sample.solver)
+    shapes = [Shape(pair.picture.height, pair.picture.width) for pair in pairs]
+    return pipeline.reconstruct(
+        features, seeds, config.sample.decoder_steps, config.sample.solver, shapes, config.sample.decoder_guidance
+    )
 
 
 def untrained_codec(pipeline: PictureCodec, seed: int) -> PictureCodec:
     """The same codec with its initial weights."""
     fresh = Codec(pipeline.codec.config, pipeline.codec.encoder_channels, seed)
     fresh = fresh.to(pipeline.device, pipeline.codec.dtype).eval().requires_grad_(False)
-    return PictureCodec(fresh, pipeline.encoder_config, batch=pipeline.batch)
+    return PictureCodec(fresh, pipeline.encoder_config, batch=pipeline.batch, target=pipeline.target)
 
 
 def reconstruction_rows(

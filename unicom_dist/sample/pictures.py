@@ -3,7 +3,9 @@
 Shapes: P pictures, n latents of d channels, D encoder channels. Latents that leave this module are un-normalised.
 """
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +15,15 @@ from torch import Tensor
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.schema import EncoderConfig
+from unicom_dist.data.buckets import Buckets, Shape
 from unicom_dist.data.decode import flatten
 from unicom_dist.data.samples import grid_positions
 from unicom_dist.models.codec import Codec
 from unicom_dist.models.encoders import EncodedImage, Encoder, build_encoder
-from unicom_dist.sample.solver import Solver, integrate, noise_from_seeds, time_grid
+from unicom_dist.models.encoders.blank import blank_features
+from unicom_dist.models.flow import shift_factor
+from unicom_dist.models.target import Target, build_target, check_vae, patch_count
+from unicom_dist.sample.solver import Solver, Velocity, integrate, noise_from_seeds, time_grid
 
 DOCS = "docs/sampling.md"
 Input = Image.Image | EncodedImage
@@ -31,18 +37,25 @@ class Latents(NamedTuple):
 
 
 class PictureCodec:
-    """A trained codec and the frozen encoder it reads through.
+    """A trained codec, the frozen encoder it reads through, and the target space it draws in.
 
     `content` is the codec's config.json, {} for modules in memory; `batch` pictures are worked on at a time. The module
     is used as it is: put it in evaluation mode.
     """
 
     def __init__(
-        self, codec: Codec, encoder: EncoderConfig, content: dict[str, Any] | None = None, batch: int = 32
+        self,
+        codec: Codec,
+        encoder: EncoderConfig,
+        content: dict[str, Any] | None = None,
+        batch: int = 32,
+        target: Target | None = None,
     ) -> None:
         self.codec, self.encoder_config, self.batch = codec, encoder, batch
         self.content = content or {}
+        self.buckets = Buckets(codec.config.decoder)
         self._encoder: Encoder | None = None
+        self._target = target
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +77,21 @@ class PictureCodec:
                 )
             self._encoder = encoder
         return self._encoder
+
+    @property
+    def target(self) -> Target:
+        """The target space, its VAE loaded when first needed. CheckpointError: no VAE, or not the training's."""
+        if self._target is None:
+            config = self.codec.config.decoder
+            if "vae_fingerprint" in self.content:
+                check_vae(config, self.content["vae_fingerprint"])
+            self._target = build_target(config, self.device)
+        return self._target
+
+    @cached_property
+    def blank(self) -> Latents:
+        """The latents of a black picture."""
+        return self.encode([blank_features(self.encoder, self.encoder_config)])[0]
 
     def features(self, images: Sequence[Input]) -> list[EncodedImage]:
         """Encoder features; what is encoded already passes through. ConfigError: features of another width."""
@@ -98,9 +126,10 @@ class PictureCodec:
         for start in range(0, len(encoded), self.batch):
             chosen = encoded[start : start + self.batch]
             tensors = [features_tensor(item) for item in chosen]
-            values, mask, _ = padded(tensors, [item.grid for item in chosen], self.device)
-            out = self.codec.encode(values, mask).float().cpu()
-            latents += [Latents(z[: len(x)], item.grid) for z, x, item in zip(out, tensors, chosen, strict=True)]
+            values, mask, places = padded(tensors, [item.grid for item in chosen], self.device)
+            out = self.codec.encode(values, mask, places).float().cpu()
+            grids = [self.codec.config.compressor.latent_grid(item.grid) for item in chosen]
+            latents += [Latents(z[: math.prod(grid)], grid) for z, grid in zip(out, grids, strict=True)]
         return latents
 
     @torch.no_grad()
@@ -110,15 +139,32 @@ class PictureCodec:
         seeds: int | Sequence[int] = 0,
         steps: int = 8,
         solver: Solver = "euler",
+        shapes: Sequence[Shape] | None = None,
+        guidance: float = 1.0,
     ) -> list[Image.Image]:
-        """Pictures of un-normalised latents, each of `codec.decoder.image_px` a side."""
+        """Pictures of un-normalised latents, one in each of `shapes`; by default those that fit their grids.
+
+        steps: of the solver; 1 draws the one-step estimate. guidance: v = v_blank + guidance (v - v_blank), v_blank
+        that of a black picture's latents; 1 = off, otherwise the encoder is needed and the decoder is called twice.
+        ConfigError: wrong number of seeds. CheckpointError: the VAE is another one.
+        """
         seeds = seeds_for(seeds, len(latents))
-        times = time_grid(steps, self.codec.config.timestep_shift)
-        pictures: list[Image.Image] = []
-        for start in range(0, len(latents), self.batch):
-            chosen = slice(start, start + self.batch)
-            pictures += self._decode(latents[chosen], seeds[chosen], times, solver)
-        return pictures
+        if shapes is None:
+            shapes = [self.buckets.shape_of(columns, rows) for _, (rows, columns) in latents]
+        of_shape: dict[Shape, list[int]] = {}
+        for number, shape in enumerate(shapes):
+            of_shape.setdefault(shape, []).append(number)
+        pictures: dict[int, Image.Image] = {}
+        for shape, numbers in of_shape.items():
+            for start in range(0, len(numbers), self.batch):
+                chosen = numbers[start : start + self.batch]
+                flow = self._flow([latents[number] for number in chosen], guidance)
+                noise = noise_from_seeds([seeds[number] for number in chosen], self.target.shape(*shape), "decoder")
+                patches = patch_count(self.codec.config.decoder, *shape)
+                times = time_grid(steps, shift_factor(self.codec.config, patches))
+                drawn = self.target.decode(integrate(flow, noise.to(self.device), times, solver))
+                pictures.update(zip(chosen, to_pictures(drawn), strict=True))
+        return [pictures[number] for number in range(len(latents))]
 
     def reconstruct(
         self,
@@ -126,23 +172,37 @@ class PictureCodec:
         seeds: int | Sequence[int] = 0,
         decoder_steps: int = 8,
         solver: Solver = "euler",
+        shapes: Sequence[Shape] | None = None,
+        guidance: float = 1.0,
     ) -> list[Image.Image]:
-        """Pictures, or features of them, through encoder, compressor and decoder."""
-        return self.decode(self.encode(images), seeds, decoder_steps, solver)
+        """Pictures, or features of them, through encoder, compressor and decoder; other arguments as in `decode`.
 
-    def _decode(
-        self, latents: Sequence[Latents], seeds: Sequence[int], times: Sequence[float], solver: Solver
-    ) -> list[Image.Image]:
-        values, mask, grid = padded([z.values for z in latents], [z.grid for z in latents], self.device)
-        tokens = self.codec.decompressor(values.to(self.codec.dtype), mask)  # the same at every time
+        By default a picture decides its own shape, features by their grid.
+        """
+        if shapes is None:
+            sizes = [item.grid[::-1] if isinstance(item, EncodedImage) else item.size for item in images]
+            shapes = [self.buckets.shape_of(*size) for size in sizes]
+        return self.decode(self.encode(images), seeds, decoder_steps, solver, shapes, guidance)
+
+    def _flow(self, latents: Sequence[Latents], guidance: float) -> Velocity:
+        """The velocity that draws these latents' pictures; what depends on the latents alone is computed once."""
+        told = self._tokens(latents)
+        blank = self._tokens([self.blank] * len(latents)) if guidance != 1 else None
 
         def velocity(z: Tensor, t: float) -> Tensor:
-            out: Tensor = self.codec.decoder(z, z.new_full((len(z),), t), tokens, grid, mask)
-            return out
+            times = z.new_full((len(z),), t)
+            out: Tensor = self.codec.decoder(z, times, *told)
+            if blank is None:
+                return out
+            without: Tensor = self.codec.decoder(z, times, *blank)
+            return without + guidance * (out - without)
 
-        side = self.codec.config.decoder.image_px
-        noise = noise_from_seeds(seeds, (3, side, side), "decoder").to(self.device)
-        return to_pictures(integrate(velocity, noise, times, solver))
+        return velocity
+
+    def _tokens(self, latents: Sequence[Latents]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the decoder reads of them: tokens [P, n, E], grid [P, n, 2] and mask [P, n]."""
+        values, mask, grid = padded([z.values for z in latents], [z.grid for z in latents], self.device)
+        return self.codec.decompressor(values.to(self.codec.dtype), mask), grid, mask
 
 
 def seeds_for(seeds: int | Sequence[int], count: int) -> list[int]:

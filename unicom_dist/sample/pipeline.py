@@ -21,6 +21,7 @@ from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.schema import EncoderConfig
 from unicom_dist.data.samples import Content, Layout, Layouts, collate, grid_positions
 from unicom_dist.models.codec import Codec
+from unicom_dist.models.target import Target
 from unicom_dist.sample.export import text_files, write_index
 from unicom_dist.sample.loading import LoadedPrior, check_pair, default_grid, find_parts, load_codec, load_prior
 from unicom_dist.sample.pictures import DOCS, Input, Latents, PictureCodec, features_tensor, seeds_for
@@ -39,8 +40,9 @@ class UniComPipeline(PictureCodec):
         prior: LoadedPrior | None = None,
         content: dict[str, Any] | None = None,
         batch: int = 32,
+        target: Target | None = None,
     ) -> None:
-        super().__init__(codec, encoder, content, batch)
+        super().__init__(codec, encoder, content, batch, target)
         self._prior = prior
         self._layouts: Layouts | None = None
 
@@ -114,18 +116,19 @@ class UniComPipeline(PictureCodec):
         solver: Solver = "euler",
         decoder_steps: int = 8,
         grid: tuple[int, int] | None = None,
+        decoder_guidance: float = 1.0,
     ) -> list[Image.Image]:
         """A picture per prompt.
 
         seeds: one for all, or one per prompt. steps, decoder_steps: solver steps of the prior and of the decoder.
         guidance: v = v_uncond + guidance (v_cond - v_uncond); 1 = the prompt alone, 0 = no prompt.
-        grid: rows and columns of latents, by default those of a square picture.
+        grid: rows and columns of latents, by default those of a square picture. decoder_guidance: as in `decode`.
         ConfigError: empty or too long prompt, wrong number of seeds. CheckpointError: no prior yet.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = seeds_for(seeds, len(prompts))
         latents = self.draw_latents(prompts, seeds, steps, guidance, solver, grid)
-        return self.decode(latents, seeds, decoder_steps, solver)
+        return self.decode(latents, seeds, decoder_steps, solver, guidance=decoder_guidance)
 
     @torch.no_grad()
     def draw_latents(
@@ -182,7 +185,7 @@ class UniComPipeline(PictureCodec):
     ) -> list[Latents]:
         """`draw_latents` of one batch: both branches of the guidance go through the prior together."""
         prior = self.prior.model
-        rows, columns = grid or default_grid(self.encoder_config)
+        rows, columns = grid or self.codec.config.compressor.latent_grid(default_grid(self.encoder_config))
         both = guidance not in (0, 1)
         branches = list(prompts) if guidance else [""] * len(prompts)
         branches += [""] * len(prompts) if both else []

@@ -70,13 +70,17 @@ def prior_flops(
 def codec_flops(codec: Codec, batch: CodecBatch) -> int:
     """Operations of forward and backward of the codec over `batch`, without the perceptual network.
 
-    6 per weight and the rows it sees (4 where the input is data and gets no gradient), 12 K H per visible pair of the
-    attentions; rows are the patches, the real tokens, both, or one per image.
+    Per weight and the rows it sees 2 forward, 2 for the gradient of its input (none where that is data) and 2 for its
+    own (none where it is frozen); 12 K H per visible pair of the attentions, but for a resampler's
+    four pairs per latent, which are no matrix products. Rows are the patches, the real latents, both, the features
+    where a resampler reads them, or one per image.
     """
     images, patch = batch.images.shape[0], codec.config.decoder.patch_px
-    patches = batch.images.shape[2] * batch.images.shape[3] // patch**2
-    lengths: list[int] = batch.mask.sum(1).tolist()
-    rows = {"image": images, "patch": images * patches, "token": sum(lengths)}
+    patches = batch.noise.shape[2] * batch.noise.shape[3] // patch**2
+    _, latents = codec.compressor.layout(batch.grid, batch.mask)
+    assert latents is not None
+    lengths: list[int] = latents.sum(1).tolist()
+    rows = {"image": images, "patch": images * patches, "token": sum(lengths), "feature": int(batch.mask.sum())}
     rows["both"] = rows["patch"] + rows["token"]
     total = 0
     for name, module in codec.named_modules():
@@ -84,7 +88,8 @@ def codec_flops(codec: Codec, batch: CodecBatch) -> int:
             from_data = name.endswith("embedder.linear_1") or (
                 name.endswith("x_embedder") and not codec.config.decoder.concat_tokens
             )
-            total += (4 if from_data else 6) * rows[_rows_of(name)] * module.weight.numel()
+            passes = 2 + 2 * (not from_data) + 2 * module.weight.requires_grad
+            total += passes * rows[_rows_of(name)] * module.weight.numel()
     decoder = codec.config.decoder
     joint = sum((patches + n) ** 2 for n in lengths) * decoder.heads * decoder.head_dim
     alone = sum(n**2 for n in lengths)
@@ -105,6 +110,8 @@ def token_flops(modules: Iterable[nn.Module], lengths: Sequence[int]) -> int:
 
 def _rows_of(name: str) -> str:
     """What a linear map of the codec is applied to, by its place in the model."""
+    if name == "compressor.resampler.key_value":
+        return "feature"
     inner = name.removeprefix("decoder.flux.")
     if inner == name or inner == "context_embedder":
         return "token"

@@ -3,6 +3,7 @@
 Both are drawn on rank 0 with the averaged weights; prompts, seed and solver come from the recipe's `sample` section.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +11,12 @@ from PIL import Image
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config
+from unicom_dist.data.buckets import Shape
 from unicom_dist.data.loader import heldout_codec_batches
 from unicom_dist.data.pairs import captions_of, open_set, spread
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import Codec, LatentStats
+from unicom_dist.models.target import Target
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.sample.grid import picture_grid
 from unicom_dist.sample.loading import LoadedPrior
@@ -24,21 +27,26 @@ RECONSTRUCTIONS = 16
 
 
 @torch.no_grad()
-def draw_reconstructions(config: Config, codec: Codec) -> tuple[Image.Image, list[str]]:
+def draw_reconstructions(config: Config, codec: Codec, target: Target) -> tuple[Image.Image, list[str]]:
     """Held-out pictures, each followed by what the codec makes of its features; labelled with their captions."""
-    batch = next(heldout_codec_batches(config, 0.0, RECONSTRUCTIONS))
-    encoded = codec.encode(
-        batch.features.to(next(codec.parameters()).device), batch.mask.to(next(codec.parameters()).device)
-    )
-    latents = []
-    for values, mask, grid in zip(encoded.float().cpu(), batch.mask, batch.grid, strict=True):
-        rows, columns = (grid[mask].amax(0) + 1).tolist()
-        latents.append(Latents(values[mask], (rows, columns)))
     pipeline = UniComPipeline(codec, config.encoder)
-    seeds = [config.sample.seed + number for number in range(len(latents))]
-    drawn = pipeline.decode(latents, seeds, config.sample.decoder_steps, config.sample.solver)
-    images = [picture for pair in zip(to_pictures(batch.images), drawn, strict=True) for picture in pair]
-    labels = [text for caption in heldout_captions(config, batch.keys) for text in (caption, "reconstructed")]
+    seeds = itertools.count(config.sample.seed)
+    images, keys, sample = [], [], config.sample
+    for batch in heldout_codec_batches(config, 0.0, RECONSTRUCTIONS):
+        there = batch.to(next(codec.parameters()).device)
+        encoded = codec.encode(there.features, there.mask, there.grid)
+        latents = []
+        places, real = codec.compressor.layout(batch.grid, batch.mask)
+        assert real is not None
+        for values, mask, grid in zip(encoded.float().cpu(), real, places, strict=True):
+            rows, columns = (grid[mask].amax(0) + 1).tolist()
+            latents.append(Latents(values[mask], (rows, columns)))
+        own = list(itertools.islice(seeds, len(latents)))
+        shapes = [Shape(*batch.images.shape[-2:])] * len(latents)
+        drawn = pipeline.decode(latents, own, sample.decoder_steps, sample.solver, shapes, sample.decoder_guidance)
+        images += [picture for pair in zip(to_pictures(batch.images), drawn, strict=True) for picture in pair]
+        keys += batch.keys
+    labels = [text for caption in heldout_captions(config, keys) for text in (caption, "reconstructed")]
     return picture_grid(images, labels, columns=8, title="held out: original, reconstructed"), labels
 
 
@@ -64,5 +72,13 @@ def draw_prompts(
     sample = config.sample
     pipeline = UniComPipeline(codec, config.encoder, LoadedPrior(prior, vocabulary, stats))
     seeds = [sample.seed + number for number in range(len(sample.prompts))]
-    images = pipeline(sample.prompts, seeds, sample.steps, sample.guidance, sample.solver, sample.decoder_steps)
+    images = pipeline(
+        sample.prompts,
+        seeds,
+        sample.steps,
+        sample.guidance,
+        sample.solver,
+        sample.decoder_steps,
+        decoder_guidance=sample.decoder_guidance,
+    )
     return picture_grid(images, sample.prompts), list(sample.prompts)

@@ -195,7 +195,7 @@ class CodecTask(Task[CodecBatch]):
         return {"perceptual_weight": self._now.perceptual_weight} if ramped else {}
 
     def amounts(self, batch: CodecBatch) -> dict[str, float]:
-        shape = (*batch.features.shape, int(batch.mask.sum()))
+        shape = (*batch.features.shape, *batch.noise.shape, int(batch.mask.sum()))
         if shape not in self._flops:
             self._flops[shape] = float(codec_flops(self._shapes, batch))
         return {"images": float(batch.images.shape[0]), "flops": self._flops[shape]}
@@ -234,7 +234,8 @@ class CodecTask(Task[CodecBatch]):
 
     def draw(self, model: nn.Module) -> tuple[Image.Image, list[str]]:
         assert isinstance(model, Codec)
-        return draw_reconstructions(self.config, model)
+        assert self._target is not None
+        return draw_reconstructions(self.config, model, self._target)
 
 
 class PriorTask(Task[PackedBatch]):
