@@ -29,7 +29,7 @@ RECONSTRUCTIONS = 16
 @torch.no_grad()
 def draw_reconstructions(config: Config, codec: Codec, target: Target) -> tuple[Image.Image, list[str]]:
     """Held-out pictures, each followed by what the codec makes of its features; labelled with their captions."""
-    pipeline = UniComPipeline(codec, config.encoder)
+    pipeline = UniComPipeline(codec, config.encoder, target=target)
     seeds = itertools.count(config.sample.seed)
     images, keys, sample = [], [], config.sample
     for batch in heldout_codec_batches(config, 0.0, RECONSTRUCTIONS):
