@@ -236,12 +236,19 @@ def gone(path: Path, other: Path) -> str:
     return "No such file"
 
 
+def one_bit(path: Path, other: Path) -> str:
+    content = bytearray(path.read_bytes())
+    content[-4000] ^= 16
+    path.write_bytes(content)
+    return "are not what was written"
+
+
 def never_finished(path: Path, other: Path) -> str:
     path.write_bytes(bytes(path.stat().st_size))
     return "its writer did not finish"
 
 
-@pytest.mark.parametrize("damage", [cut_short, of_another_save, gone, never_finished])
+@pytest.mark.parametrize("damage", [cut_short, of_another_save, gone, never_finished, one_bit])
 def test_a_damaged_or_foreign_file_is_named_with_the_reason(tmp_path, damage):
     layout = Layout(tp=2)
     save_all(tmp_path, layout, 1)
@@ -252,7 +259,7 @@ def test_a_damaged_or_foreign_file_is_named_with_the_reason(tmp_path, damage):
     with pytest.raises(CheckpointError, match=name) as caught:
         read_state(two, fragments(ONE, 0), state_of(ONE, 0), KINDS)
     assert reason in caught.value.why
-    assert str(two) in caught.value.remedy
+    assert caught.value.remedy == f"remove {two} to continue from step-000001, which is complete"
 
 
 def test_cuts_that_do_not_make_a_whole_model_are_found_while_writing(tmp_path):
@@ -288,3 +295,19 @@ def test_exported_weights_come_back_and_are_replaced_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
     with pytest.raises(CheckpointError, match="no exported weights"):
         read_weights_config(tmp_path / "nothing")
+
+
+def test_the_staging_area_is_kept_from_one_save_to_the_next(tmp_path):
+    store, state = CheckpointStore(tmp_path, mesh_of(ONE, 0)), state_of(ONE, 0)
+    places = []
+    for step in (1, 2):
+        for buffers in state.values():
+            for buffer in buffers:
+                buffer += step
+        store.save(step, state, fragments(ONE, 0), {}, replicated=True)
+        store.wait()
+        areas = [area for areas in store._staging.values() for area in areas]
+        assert all(torch.equal(a, b) for a, b in zip(areas, (b for v in state.values() for b in v), strict=True))
+        assert not any(area.is_pinned() for area in areas)  # page-locked memory is for copies from a GPU
+        places.append([area.data_ptr() for area in areas])
+    assert places[0] == places[1]

@@ -26,7 +26,15 @@ def unicom(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["config", "show", "quickstart"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["config", "show", "quickstart"],
+        ["config", "show", "quickstart", "--deepspeed", "stages.sft.precision=bfloat16"],
+        ["train", "--help"],
+    ],
+)
 def test_light_commands_import_nothing_heavy(arguments):
     code = (
         "import sys; from unicom_dist.cli.main import run; status = run(sys.argv[1:]);"
@@ -88,6 +96,37 @@ def test_shown_configuration_names_origins_and_json_holds_both(capsys):
     assert shown["config"]["seed"] == 4
     assert shown["origins"]["seed"] == "command line"
     assert shown["origins"]["run_dir"].startswith("recipes/tiny.yaml:")
+
+
+def test_deepspeed_s_configuration_is_that_of_the_stage(capsys):
+    changes = ["parallel.zero_stage=3", "parallel.nproc=4", "parallel.tp=2"]
+    extra = "deepspeed.extra={zero_optimization: {stage3_max_live_parameters: 7}}"
+    assert run(["config", "show", "tiny", "--deepspeed", *changes, extra]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["zero_optimization"]["stage"] == 3
+    assert shown["zero_optimization"]["stage3_max_live_parameters"] == 7
+    assert shown["bf16"]["enabled"] is False  # the tiny recipe's stages say float32
+    assert (
+        run(["config", "show", "tiny", "--deepspeed", *changes, "--stage", "codec", "stages.codec.precision=auto"]) == 0
+    )
+    codec = capsys.readouterr()
+    assert json.loads(codec.out)["bf16"]["enabled"] is True
+    assert "auto is shown as bfloat16" in codec.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["parallel.zero_stage=0"], "does without DeepSpeed"),
+        (["parallel.zero_stage=1", "--stage", "latents"], "trains no such stage"),
+        (["parallel.zero_stage=1", "deepspeed.extra={optimizer: {}}"], "every engine has AdamW"),
+    ],
+)
+def test_deepspeed_s_configuration_is_refused_with_the_reason(arguments, hint, capsys):
+    assert run(["config", "show", "tiny", "--deepspeed", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert hint in shown.err
 
 
 def test_difference_of_recipes_as_lines_and_as_json(capsys):

@@ -8,14 +8,14 @@ import uuid
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
+from unicom_dist.checkpoint.description import described_prior
 from unicom_dist.checkpoint.saved import DOCS, Checkpoint, layout_of, rank_file
 from unicom_dist.checkpoint.store import complete, describe, owned
 from unicom_dist.checkpoint.tensorfile import TensorWriter
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.layout import Layout, refusals
-from unicom_dist.config.schema import ParallelConfig, PriorConfig
+from unicom_dist.config.schema import ParallelConfig
 from unicom_dist.models.backbone import Part
 from unicom_dist.models.sharding import EMBEDDING, outline
 from unicom_dist.parallel.engine import Fragment, Piece, fragments_of, pieces_of
@@ -40,7 +40,8 @@ def reshard(source: Path, out: Path, layout: Layout) -> None:
             saved.check({f.name: f.piece.shape for f in mine}, lambda name: True)
             wanted = [(kind, f) for kind in saved.all_kinds for f in mine if kind in saved.kinds[f.name]]
             names = [f"{kind}/{f.name}" for kind, f in wanted]
-            with TensorWriter(partial / rank_file(rank, layout.world), names, describe(mine, save)) as writer:
+            path, size = partial / rank_file(rank, layout.world), sum(4 * f.numel for _, f in wanted)
+            with TensorWriter(path, names, describe(mine, save), size) as writer:
                 for kind, f in wanted:
                     values = torch.empty(f.numel)
                     saved.fill([(f, {kind: values}, 0)])
@@ -84,16 +85,8 @@ def parameters(saved: Checkpoint, layout: Layout) -> dict[tuple[int, int], list[
                 DOCS,
             )
         return {(0, 0): [[Piece(name, shape)] for name, shape in saved.shapes.items()]}
-    try:
-        prior = PriorConfig.model_validate(content["prior"])
-        sizes = saved.shapes[EMBEDDING][0], int(content["latent_channels"]), int(content["feature_channels"])
-    except (KeyError, ValidationError) as error:
-        raise CheckpointError(
-            f"{saved.path} does not say which model it is of",
-            " ".join(f"{type(error).__name__}: {error}".splitlines()[:3]),
-            "name a checkpoint that this version of `unicom train` wrote",
-            DOCS,
-        ) from None
+    prior, latent_channels, feature_channels = described_prior(content, saved.path)
+    sizes = saved.shapes.get(EMBEDDING, (0,))[0], latent_channels, feature_channels
     wanted = ParallelConfig(tp=layout.tp, pp=layout.pp, ulysses=layout.ulysses, zero_stage=layout.zero_stage)
     for refusal in refusals(wanted, prior, layout.world):
         raise ConfigError(refusal.what, refusal.why, refusal.remedy, DOCS)
@@ -103,6 +96,7 @@ def parameters(saved: Checkpoint, layout: Layout) -> dict[tuple[int, int], list[
         mesh = Mesh(0, 1, torch.device("cpu"), layout, tp=Axis("tp", tp, layout.tp))
         module = outline(prior, *sizes, mesh, Part(pp == 0, pp == layout.pp - 1, layers[pp]))
         held[pp, tp] = [pieces_of(name, p, tuple(p.shape)) for name, p in module.named_parameters()]
+    # What joint training adds is whole on the first pp_stage; one of its ranks keeps it.
     shared = {piece.name for parameters in held.values() for pieces in parameters for piece in pieces}
     held[0, 0] += [[Piece(name, shape)] for name, shape in saved.shapes.items() if name not in shared]
     return held

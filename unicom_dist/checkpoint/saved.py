@@ -1,7 +1,8 @@
 """Reading a checkpoint under any layout: each rank finds the parts of its fragments in whichever files hold them.
 
 state.json says for every tensor of the model where its fragments lie, so a rank opens the files it needs and no others.
-Equal cuts are read straight into place; differing ones by the rectangles they share (`overlap`).
+Equal cuts are read straight into place; differing ones by the rectangles they share (`overlap`). What is read is held
+against the digests that were written with it.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from xxhash import xxh3_64_hexdigest
 
 from unicom_dist.checkpoint.overlap import shared
 from unicom_dist.checkpoint.tensorfile import TensorFile
@@ -48,6 +50,14 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def remedy(path: Path) -> str:
+    """What to do about the damaged checkpoint `path`."""
+    before = [other.name for other in checkpoints(path.parent) if other.name < path.name]
+    if before:
+        return f"remove {path} to continue from {before[-1]}, which is complete"
+    return f"remove {path} to begin the stage anew: no checkpoint before it is left"
+
+
 class Checkpoint:
     """A complete checkpoint. CheckpointError when it is incomplete, foreign, or a file that is needed is damaged.
 
@@ -61,7 +71,8 @@ class Checkpoint:
                 f"{path} is not a checkpoint", "it has no COMPLETE file", "name a folder step-… that has one", DOCS
             )
         try:
-            self.state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            text, digest = (path / "state.json").read_bytes(), (path / COMPLETE).read_text(encoding="ascii")
+            self.state: dict[str, Any] = json.loads(text)
             if self.state["format"] != FORMAT:
                 raise ValueError(f"format {self.state['format']}, this version reads {FORMAT}")
             self.step = int(self.state["step"])
@@ -69,11 +80,13 @@ class Checkpoint:
             self._tensors: dict[str, dict[str, Any]] = self.state["tensors"]
             self.shapes = {name: tuple(entry["shape"]) for name, entry in self._tensors.items()}
             self.kinds = {name: tuple(entry["kinds"]) for name, entry in self._tensors.items()}
+            if digest and digest != xxh3_64_hexdigest(text):
+                raise ValueError("it is not what was written: it changed on the disk")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}/state.json cannot be used",
                 f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error),
-                "remove the folder to use the one before it",
+                remedy(path),
                 DOCS,
             ) from None
         self.all_kinds = list(dict.fromkeys(kind for kinds in self.kinds.values() for kind in kinds))
@@ -83,7 +96,7 @@ class Checkpoint:
         """A rank's file, checked to be the one that was written with this checkpoint."""
         if number not in self._open:
             name, size, digest = self._files[number]
-            file = TensorFile(self.path / name)
+            file = TensorFile(self.path / name, remedy(self.path))
             if (file.size, file.digest) != (size, digest):
                 differs = f"{file.size} bytes instead of {size}" if file.size != size else "its header is another one"
                 raise file.damaged(f"it is not the file that was written with this checkpoint: {differs}")
@@ -117,7 +130,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path} holds {found} of {f.numel} values of {f.name}",
                     "its state.json does not describe one whole model",
-                    f"remove {self.path} to continue from the checkpoint before it",
+                    remedy(self.path),
                     DOCS,
                 )
         for read in _merged(reads):

@@ -1,21 +1,24 @@
 """Safetensors files written tensor by tensor and read in pieces: memory never holds more than what is asked for.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} padded with spaces,
-the data. Written here because the library's writer wants all tensors at once and turns each into a bytes object first;
-read here because its slices are new tensors, and a checkpoint's bytes belong at their place in a buffer that is there.
+the data. Checkpoints also keep a digest of every MiB of data in the header's metadata: what is read is held against
+them, so that a byte that changed on the disk or on the way is found.
+Written here because the library's writer wants all tensors at once and turns each into a bytes object first; read here
+because its slices are new tensors, and a checkpoint's bytes belong at their place in a buffer that is there.
 Ref: https://github.com/huggingface/safetensors (format section).
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from unicom_dist.config.errors import CheckpointError
 
@@ -23,17 +26,24 @@ _NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64", torch.bfl
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ENTRY_BYTES = 224  # of the header, beside the name: eight dimensions and two offsets of thirteen digits fit
 _BLOCK_BYTES = 1 << 20  # read at a time where only parts of rows are wanted
+DIGESTS = "xxh3_64"  # key of the metadata: one after the other, the digests of every ...
+DIGEST_OF = 1 << 20  # ... so many bytes of data
+_DIGITS = 16  # of a digest, hexadecimal
 
 
 class TensorWriter:
     """A context manager that writes tensors in the order in which they come; synced to disk when it is left.
 
     The header's room is reserved for `names` (no others may come); it is filled in last, so that a file whose writer
-    was killed has none. OSError when there is no space.
+    was killed has none. `checked`: how many bytes of data will come, to keep digests of them; 0: none are kept.
+    OSError when there is no space.
     """
 
-    def __init__(self, path: Path, names: Collection[str], metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, names: Collection[str], metadata: Mapping[str, str], checked: int = 0) -> None:
         self._header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        self._digests = _Digests() if checked else None
+        if checked:
+            self._header["__metadata__"][DIGESTS] = "0" * _DIGITS * -(-checked // DIGEST_OF)
         entries = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
         room = len(json.dumps(self._header).encode()) + entries
         self._room = room + -room % 8
@@ -48,7 +58,9 @@ class TensorWriter:
         self._header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, self._end]}
         if tensor.numel():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            self._file.write(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            for part in self._digests.of(data) if self._digests else [data]:
+                self._file.write(part)  # while it is in the processor's cache
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +70,8 @@ class TensorWriter:
     ) -> None:
         with self._file as file:
             if error is None:
+                if self._digests:
+                    self._header["__metadata__"][DIGESTS] = self._digests.text()
                 text = json.dumps(self._header, separators=(",", ":")).encode()
                 if len(text) > self._room:
                     raise ValueError(f"{len(text)} bytes of header, {self._room} reserved")
@@ -67,9 +81,33 @@ class TensorWriter:
                 os.fsync(file.fileno())
 
 
+class _Digests:
+    """Of a stream of bytes, one for every DIGEST_OF of them."""
+
+    def __init__(self) -> None:
+        self._hash, self._left = xxh3_64(), DIGEST_OF
+        self._found: list[str] = []
+
+    def of(self, data: memoryview) -> Iterator[memoryview]:
+        """`data` in parts, each already taken account of."""
+        while data:
+            part, data = data[: self._left], data[self._left :]
+            self._hash.update(part)
+            self._left -= len(part)
+            if not self._left:
+                self._found.append(self._hash.hexdigest())
+                self._hash, self._left = xxh3_64(), DIGEST_OF
+            yield part
+
+    def text(self) -> str:
+        """All of them, the last of what is left over."""
+        rest = [self._hash.hexdigest()] if self._left < DIGEST_OF else []
+        return "".join(self._found + rest)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors to a file that is on disk when this returns. OSError when there is no space."""
-    with TensorWriter(path, tensors.keys(), metadata) as writer:
+    """Write tensors, with digests, to a file that is on disk when this returns. OSError when there is no space."""
+    with TensorWriter(path, tensors.keys(), metadata, sum(tensor.nbytes for tensor in tensors.values())) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
 
@@ -95,12 +133,15 @@ class TensorFile:
             header = json.loads(text)
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self._data = 8 + length
+            self._digests: str = self.metadata.pop(DIGESTS, "")
             ends = [int(entry["data_offsets"][1]) for entry in header.values()]
             if self._data + max(ends, default=0) != self.size:
                 raise ValueError(f"{self.size} bytes, its header describes {self._data + max(ends, default=0)}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.damaged(error.strerror or "" if isinstance(error, OSError) else str(error)) from None
         self._entries: dict[str, dict[str, Any]] = header
+        self._whole: set[int] = set()  # numbers of the digests that were seen to be right
+        self._scratch = bytearray()
         self.digest = hashlib.sha256(text).hexdigest()
 
     def __del__(self) -> None:
@@ -137,8 +178,34 @@ class TensorFile:
         return int(self._data + first + start * dtype.itemsize)
 
     def read_at(self, position: int, target: Tensor) -> None:
-        """Fill `target` [n], contiguous on the CPU, with what lies from byte `position` on."""
+        """Fill `target` [n], contiguous on the CPU, with what lies from byte `position` on.
+
+        CheckpointError when it is not what was written, of which there are digests in checkpoints.
+        """
         room = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while room and self._digests:
+            number, before = divmod(position - self._data, DIGEST_OF)
+            part, room = room[: DIGEST_OF - before], room[DIGEST_OF - before :]
+            self._read(position, part)
+            self._check(number, part[: 0 if before else None])
+            position += len(part)
+        self._read(position, room)
+
+    def _check(self, number: int, data: memoryview) -> None:
+        """Hold a digest against what it is of: `data` if that is all of it, else what is read for this, once."""
+        first = self._data + number * DIGEST_OF
+        length = min(DIGEST_OF, self.size - first)
+        if len(data) < length:
+            if number in self._whole:
+                return
+            self._scratch = self._scratch or bytearray(DIGEST_OF)
+            data = memoryview(self._scratch)[:length]
+            self._read(first, data)
+        if xxh3_64_hexdigest(data) != self._digests[number * _DIGITS : (number + 1) * _DIGITS]:
+            raise self.damaged(f"bytes {first} to {first + length} are not what was written: they changed on the disk")
+        self._whole.add(number)
+
+    def _read(self, position: int, room: memoryview) -> None:
         while room:
             try:
                 count = os.preadv(self._descriptor, [room], position)

@@ -79,6 +79,25 @@ def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return read_weights_config(folder), dict(StoredWeights(folder))
 
 
+class Chosen(Mapping[str, Tensor]):
+    """The tensors of a mapping whose names `wanted` wants, read when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> None:
+        self._tensors = tensors
+        self._names = dict.fromkeys(name for name in tensors if wanted(name))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class StoredWeights(Mapping[str, Tensor]):
     """The tensors of an exported folder, read when they are asked for. CheckpointError when the file is damaged."""
 

@@ -7,6 +7,7 @@ shrink to whatever is easiest to predict.
 Shapes: N latents of d channels, in images of n each, from features of D channels.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,12 +21,25 @@ from unicom_dist.models.attention import Take
 from unicom_dist.models.backbone import WHOLE, Part
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.compressor import Compressor, Decompressor
+from unicom_dist.models.encoders.base import fingerprint
 from unicom_dist.models.init import fill, initial
 from unicom_dist.models.latent_statistics import LatentStatistics
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.transfusion import Transfusion
 
 OWN = ("compressor.", "reconstruct.")  # names of what joint training adds to a prior
+
+
+def compressor_fingerprint(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
+    """Of the compressor among `tensors` as it is exported (bfloat16), by which a decoder is matched with its prior.
+
+    content: what is known of the prior, the `encoder_fingerprint` of its features among it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(name for name in tensors if name.startswith("compressor.")):
+        digest.update(name.encode())
+        digest.update(tensors[name].to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return fingerprint({"compressor_sha256": digest.hexdigest(), "encoder": content["encoder_fingerprint"]})
 
 
 def held(latents: Tensor) -> Tensor:

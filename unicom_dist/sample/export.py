@@ -11,15 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from torch import Tensor
 
+from unicom_dist.checkpoint.description import described_prior
 from unicom_dist.checkpoint.huggingface import write_qwen
 from unicom_dist.checkpoint.saved import COMPLETE, Checkpoint, latest
-from unicom_dist.checkpoint.weights import StoredWeights, export_weights, read_weights_config, replace_folder
+from unicom_dist.checkpoint.weights import (
+    Chosen,
+    StoredWeights,
+    export_weights,
+    read_weights_config,
+    replace_folder,
+)
 from unicom_dist.config.errors import CheckpointError
-from unicom_dist.config.schema import EncoderConfig, PriorConfig
+from unicom_dist.config.schema import EncoderConfig
 from unicom_dist.data.text import Vocabulary
+from unicom_dist.models.joint import OWN, compressor_fingerprint
 from unicom_dist.sample.loading import MODEL_INDEX, check_pair, find_parts, with_fingerprint
 
 log = logging.getLogger(__name__)
@@ -66,11 +73,15 @@ def checkpoint_parts(path: Path, weights: Weights) -> dict[str, Stored]:
     """The model that a checkpoint in a run directory is of; a prior comes with the run's finished codec."""
     saved = Checkpoint(path)
     content = {**saved.state.get("model", {}), "step": saved.step}
-    part = Stored(content, saved.tensors("weight" if weights == "raw" else "ema"))
+    tensors: Mapping[str, Tensor] = saved.tensors("weight" if weights == "raw" else "ema")
     if "codec" in content:
-        return {"codec": part}
+        return {"codec": Stored(content, tensors)}
+    if "joint" in content:  # the compressor that makes the prior's latents is in there, too
+        made_by = compressor_fingerprint(Chosen(tensors, lambda name: name.startswith(OWN)), content)
+        content["codec_fingerprint"] = made_by
+        tensors = Chosen(tensors, lambda name: not name.startswith(OWN))
     run = path.resolve().parents[2]
-    prior = Stored(content, part.tensors, run / "vocabulary.json", tokenizer_of(content, path))
+    prior = Stored(content, tensors, run / "vocabulary.json", tokenizer_of(content, path))
     return {"codec": exported(find_parts(run).codec), "prior": prior}
 
 
@@ -106,20 +117,7 @@ def exported(folder: Path) -> Stored:
 
 def tokenizer_of(content: dict[str, Any], source: Path) -> Path:
     """The folder of the tokenizer that a prior was trained with. CheckpointError when `content` is not a prior's."""
-    return Path(prior_config(content, source).tokenizer)
-
-
-def prior_config(content: dict[str, Any], source: Path) -> PriorConfig:
-    """The prior's section of the recipe. CheckpointError when `content` does not describe one."""
-    try:
-        return PriorConfig.model_validate(content["prior"])
-    except (KeyError, ValidationError) as error:
-        raise CheckpointError(
-            f"{source} does not say which model its weights are of",
-            " ".join(f"{type(error).__name__}: {error}".splitlines()[:3]),
-            "name a checkpoint or run that this version of `unicom train` wrote",
-            DOCS,
-        ) from None
+    return Path(described_prior(content, source).config.tokenizer)
 
 
 def write_model(folder: Path, parts: Mapping[str, Stored]) -> None:
@@ -147,7 +145,7 @@ def write_backbone(folder: Path, parts: Mapping[str, Stored], source: Path) -> N
         "bos_token_id": vocabulary.control["<|endoftext|>"],
         "eos_token_id": vocabulary.control["<|im_end|>"],
     }
-    write_qwen(folder, prior_config(prior.content, source), prior.tensors, special)
+    write_qwen(folder, described_prior(prior.content, source).config, prior.tensors, special)
     if vocabulary.kind == "full":
         copy_tokenizer(prior.tokenizer, folder)
     else:

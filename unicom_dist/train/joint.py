@@ -5,7 +5,6 @@ exported folder holds the prior and, in compressor/, what made its latents: a de
 (a codec stage with `trainable: decoder`), and until then sampling refuses the pair.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unicom_dist.checkpoint.weights import StoredWeights, export_weights
+from unicom_dist.checkpoint.weights import Chosen, StoredWeights, export_weights
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.npy import read_npy, to_tensor
@@ -23,9 +22,8 @@ from unicom_dist.data.shardset import ShardSet
 from unicom_dist.models.backbone import Part
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.compressor import Compressor
-from unicom_dist.models.encoders.base import fingerprint
 from unicom_dist.models.init import Source
-from unicom_dist.models.joint import OWN, JointPrior, Reconstruction
+from unicom_dist.models.joint import OWN, JointPrior, Reconstruction, compressor_fingerprint
 from unicom_dist.models.latent_statistics import Moments, effective_rank
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.sharding import outlined
@@ -145,14 +143,13 @@ class JointTask(PriorTask):
             self._model.statistics.load_state(description["joint"])
 
     def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
-        own = Chosen(weights, [name for name in weights if name.startswith(OWN)])
-        prior = Chosen(weights, [name for name in weights if not name.startswith(OWN)])
+        own = Chosen(weights, lambda name: name.startswith(OWN))
+        prior = Chosen(weights, lambda name: not name.startswith(OWN))
         content = {**self.description, "step": step}
-        encoder = str(content["encoder_fingerprint"])
-        content["codec_fingerprint"] = compressor_fingerprint(own, encoder)
+        content["codec_fingerprint"] = compressor_fingerprint(own, content)
         about = {
             "compressor": self.config.codec.compressor.model_dump(mode="json"),
-            "encoder_fingerprint": encoder,
+            "encoder_fingerprint": content["encoder_fingerprint"],
             "fingerprint": content["codec_fingerprint"],
             "stats": content["stats"],
             "features": self._features.to_json(),
@@ -165,22 +162,6 @@ class JointTask(PriorTask):
         export_weights(folder, content, prior, more)
 
 
-class Chosen(Mapping[str, Tensor]):
-    """Some tensors of a mapping, read when they are asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
-        self._tensors, self._names = tensors, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def arrays(pairs: ShardSet, part: str, extension: str) -> Iterator[Tensor]:
     """The arrays [n, C] of some images of a set, evenly apart. Malformed ones are left out: the loader names them."""
     for number in spread(SAMPLE, len(pairs)):
@@ -189,12 +170,3 @@ def arrays(pairs: ShardSet, part: str, extension: str) -> Iterator[Tensor]:
             yield to_tensor(read_npy(sample.parts[part][extension], sample.key)).float()
         except (DataError, KeyError):
             continue
-
-
-def compressor_fingerprint(tensors: Mapping[str, Tensor], encoder: str) -> str:
-    """Of a compressor as it is exported (bfloat16), reading features with the fingerprint `encoder`."""
-    digest = hashlib.sha256()
-    for name in sorted(name for name in tensors if name.startswith("compressor.")):
-        digest.update(name.encode())
-        digest.update(tensors[name].to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return fingerprint({"compressor_sha256": digest.hexdigest(), "encoder": encoder})
