@@ -153,6 +153,7 @@ def normal_batch(t: float, count: int = 4000, channels: int = 8) -> PackedBatch:
         latents=torch.randn(count, channels, generator=generator),
         noise=torch.randn(count, channels, generator=generator),
         t=torch.full((count,), t),
+        flow_index=torch.arange(count),
         latent_index=none,
         latent_grid=empty,
         features=torch.zeros(0, 1),

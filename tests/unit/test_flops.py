@@ -40,6 +40,7 @@ def prior_batch() -> PackedBatch:
         latents=torch.randn(noise, D, generator=generator),
         noise=torch.randn(noise, D, generator=generator),
         t=torch.full((noise,), 0.5),
+        flow_index=torch.arange(noise),
         latent_index=index["noise"],
         latent_grid=torch.zeros(noise, 2, dtype=torch.int64),
         features=torch.randn(full, FEATURES, generator=generator),
@@ -96,6 +97,28 @@ def test_codec_flops_equal_the_counter_without_attention(concat: bool) -> None:
     width, patches, tokens = 32, 16, 9
     compressor_pairs = 2 * tokens**2 * (FEATURES + FEATURES)
     attention = 12 * (2 * (patches + tokens) ** 2 * width * 2 + compressor_pairs)
+    assert codec_flops(codec, batch) - attention == pytest.approx(linear_flops(counter), rel=0.01)
+
+
+def test_flops_of_a_resampler_count_features_where_it_reads_and_latents_where_it_writes() -> None:
+    decoder = DecoderConfig(
+        image_px=16, patch_px=4, double_blocks=1, single_blocks=1, heads=2, head_dim=16, rope_axes=(4, 6, 6)
+    )
+    compressor = CompressorConfig(channels=8, heads=2, spatial="resampler")
+    codec = Codec(CodecConfig(compressor=compressor, decoder=decoder), FEATURES)
+    for parameter in codec.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    grid = torch.cartesian_prod(torch.arange(3), torch.arange(3))[None]
+    batch = CodecBatch(
+        images=torch.rand(1, 3, 16, 16), features=torch.randn(1, 9, FEATURES), mask=torch.ones(1, 9, dtype=torch.bool),
+        grid=grid, noise=torch.randn(1, 3, 16, 16), t=torch.tensor([0.2]), latent_noise=torch.zeros(1, 4, 8),
+        latent_noise_level=torch.zeros(1), keys=["a"],
+    )  # fmt: skip
+    with FlopCounterMode(display=False) as counter:
+        velocity, _ = codec(batch)
+        velocity.square().sum().backward()
+    width, patches, latents = 32, 16, 4
+    attention = 12 * ((patches + latents) ** 2 * width * 2 + latents**2 * (FEATURES + FEATURES))
     assert codec_flops(codec, batch) - attention == pytest.approx(linear_flops(counter), rel=0.01)
 
 

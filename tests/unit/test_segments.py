@@ -17,6 +17,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest() -> None:
         latents=torch.zeros(0, 4),
         noise=torch.zeros(0, 4),
         t=torch.zeros(0),
+        flow_index=whole,
         latent_index=whole,
         latent_grid=torch.zeros(0, 2, dtype=torch.int64),
         features=torch.zeros(0, 8),
@@ -32,6 +33,6 @@ def test_to_moves_every_tensor_and_keeps_the_rest() -> None:
     assert moved.segments == batch.segments
     assert moved.keys == ["a"]
     tensors = [value for value in (getattr(moved, name) for name in PackedBatch.__slots__) if torch.is_tensor(value)]
-    assert len(tensors) == 16
+    assert len(tensors) == 17
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert batch.token_ids.device.type == "cpu"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from unicom_dist.config.schema import CodecConfig, StageConfig
+from unicom_dist.config.schema import CodecConfig, CompressorConfig, StageConfig
 from unicom_dist.models.codec import CodecBatch
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.target import PixelTarget
@@ -31,6 +31,7 @@ def prior_step(labels: int, latents: int, seed: int = 0) -> tuple[tuple[torch.Te
         latents=torch.randn(latents, 4, generator=draw),
         noise=torch.randn(latents, 4, generator=draw),
         t=torch.rand(latents, generator=draw),
+        flow_index=torch.arange(latents),
         latent_index=torch.arange(latents),
         latent_grid=grid,
         features=torch.zeros(0, 3),
@@ -65,6 +66,7 @@ def test_prior_gradients_do_not_depend_on_the_cut() -> None:
         label_ids=torch.cat([batch.label_ids for _, batch in pieces]),
         latents=torch.cat([batch.latents for _, batch in pieces]),
         noise=torch.cat([batch.noise for _, batch in pieces]),
+        flow_index=torch.arange(12),
     )
     total(prior_terms((losses, velocity), whole, STAGE), counts).backward()
     torch.testing.assert_close(torch.cat([outputs[0].grad for outputs, _ in pieces]), losses.grad)
@@ -132,6 +134,16 @@ def test_without_a_perceptual_network_there_is_no_such_term() -> None:
     config = CodecConfig(perceptual="none")
     outputs, batch = codec_step([0.9])
     assert codec_terms(outputs, batch, config, None).keys() == codec_counts(batch, config).keys() == {"flow"}
+
+
+def test_a_posterior_adds_its_divergence_with_its_own_weight() -> None:
+    config = CodecConfig(perceptual="none", compressor=CompressorConfig(bottleneck="kl", kl_weight=0.3))
+    outputs, batch = codec_step([0.9, 0.1])
+    terms = codec_terms((*outputs, torch.tensor([2.0, 5.0])), batch, config, None)
+    counts = codec_counts(batch, config)
+    assert terms.keys() == counts.keys() == {"flow", "kl"}
+    expected = terms["flow"].sum / 2 + 0.3 * 3.5
+    torch.testing.assert_close(total(terms, counts), expected)
 
 
 def test_flow_error_near_the_data_is_weighted_as_the_error_of_the_clean_image() -> None:

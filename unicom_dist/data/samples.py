@@ -153,6 +153,7 @@ def collate(contents: Sequence[Content], latent_channels: int, feature_channels:
         latents=_rows([_latents(contents[n], latent_channels) for n in drawn], latent_channels),
         noise=_rows([contents[n].noise for n in drawn], latent_channels),
         t=torch.repeat_interleave(torch.tensor([contents[n].t for n in drawn], dtype=torch.float32), sizes),
+        flow_index=torch.arange(int(sizes.sum())),
         latent_index=shifted([layouts[n].image_index for n in drawn], starts[drawn]),
         latent_grid=_grids([layouts[n].grid for n in drawn]),
         features=_rows([contents[n].image for n in seen], feature_channels),

@@ -50,9 +50,10 @@ class PerSample:
 
 
 def linear_guess(batch: PackedBatch) -> Tensor:
-    """The best velocity [N, d] linear in z_t for latents of mean 0 and variance 1."""
-    t = batch.t[:, None].float()
-    z_t = interpolate(batch.latents.float(), batch.noise.float(), batch.t.float())
+    """The best velocity [F, d] linear in z_t for latents of mean 0 and variance 1."""
+    drawn = batch.flow_index
+    t = batch.t[drawn][:, None].float()
+    z_t = interpolate(batch.latents[drawn].float(), batch.noise[drawn].float(), t[:, 0])
     return (2 * t - 1) / (t.square() + (1 - t).square()) * z_t
 
 
@@ -61,8 +62,9 @@ def flow_losses(predict: Predict, batches: Iterable[PackedBatch]) -> PerSample:
     """||v - (z1 - eps)||^2 per latent, averaged over channels, summed per image."""
     losses = PerSample()
     for batch in batches:
-        error = squared_error(predict(batch), batch.latents, batch.noise)
-        losses.add(error, batch.latent_sample, len(batch.keys))
+        drawn = batch.flow_index
+        error = squared_error(predict(batch), batch.latents[drawn], batch.noise[drawn])
+        losses.add(error, batch.latent_sample[drawn], len(batch.keys))
     return losses
 
 

@@ -2,7 +2,8 @@
 
 A packed row holds several samples; several rows are simply more samples on the same axis, because segments never cross
 samples.
-Shapes: S positions, T text tokens, Y labels, N noised latents of d channels, M understanding features of D channels.
+Shapes: S positions, T text tokens, Y labels, N latents of d channels, F of them being denoised, M understanding
+features of D channels.
 Empty modalities are zero-length tensors, never None, so that every rank runs every part of the model.
 """
 
@@ -34,7 +35,7 @@ class PackedBatch:
     """One or several packed rows on a single axis of S positions.
 
     Positions of one sample are consecutive and its segments are in order; `sum(segment lengths) == S`.
-    Every position is a text token, a noised latent or a feature: `token_index`, `latent_index` and `feature_index`
+    Every position is a text token, a latent or a feature: `token_index`, `latent_index` and `feature_index`
     partition `range(S)`. `label_index` are distinct positions: their hidden states predict `label_ids`.
     """
 
@@ -47,6 +48,7 @@ class PackedBatch:
     latents: Tensor  # [N, d] clean and normalised; not a number where a compressor in training makes them
     noise: Tensor  # [N, d]
     t: Tensor  # [N], one value per image, repeated; t = 1 is data
+    flow_index: Tensor  # [F] int64, ascending: which of the latents are denoised; the others are clean references, t = 1
     latent_index: Tensor  # [N] int64
     latent_grid: Tensor  # [N, 2] int64, (row, column)
     features: Tensor  # [M, D] raw encoder features

@@ -98,6 +98,10 @@ def within(batch: PackedBatch, number: int, length: int) -> PackedBatch:
         inside.nonzero()[:, 0].to(rope.device, non_blocking=True)
         for inside in torch.split(here, [len(index) for index in indices])
     )
+    # Of the latents here, those being denoised: their numbers among them.
+    rank = torch.full((batch.latents.shape[0],), -1, dtype=torch.long, device=rope.device)
+    rank[latent] = torch.arange(latent.shape[0], device=rope.device)
+    flow = rank[batch.flow_index]
     return replace(
         batch,
         rope_positions=torch.cat([rope, rope.new_zeros(length - rope.shape[0])]),
@@ -107,6 +111,7 @@ def within(batch: PackedBatch, number: int, length: int) -> PackedBatch:
         label_ids=batch.label_ids[label],
         label_sample=batch.label_sample[label],
         latents=batch.latents[latent],
+        flow_index=flow[flow >= 0],
         noise=batch.noise[latent],
         t=batch.t[latent],
         latent_index=batch.latent_index[latent] - begin,

@@ -152,7 +152,7 @@ class Transfusion(nn.Module):
         return hidden
 
     def forward(self, batch: PackedBatch, x: Tensor | None = None, chunk: int = 0) -> Any:
-        """Cross-entropy [Y] of the labels, nats, and velocity [N, d] at the latents, both float32.
+        """Cross-entropy [Y] of the labels, nats, and velocity [F, d] at the latents being denoised, both float32.
 
         In a share of the batch: of the labels and latents in its region. In a part of the model: `x` is what the part
         before returned (None at the beginning of the model), and before the end hidden states are returned. Both are
@@ -166,9 +166,10 @@ class Transfusion(nn.Module):
         hidden = backbone.model(x, region.rope_positions, attend, chunk)
         if not backbone.model.ends(chunk):
             return hidden
-        index = torch.cat([region.label_index, region.latent_index])
+        drawn = region.latent_index[region.flow_index]
+        index = torch.cat([region.label_index, drawn])
         rows = Take.apply(share.gather(hidden), index)  # type: ignore[no-untyped-call]
-        labels, latents = torch.split(rows, [region.label_index.shape[0], region.latent_index.shape[0]])
+        labels, latents = torch.split(rows, [region.label_index.shape[0], drawn.shape[0]])
         return backbone.lm_head(labels, region.label_ids), self.flow_head(latents).float()
 
     @torch.no_grad()

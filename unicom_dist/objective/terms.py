@@ -29,19 +29,21 @@ class LossTerm:
 
 def prior_counts(batch: PackedBatch) -> dict[str, int]:
     """Items of each term of `prior_terms`: labels and noised latents."""
-    return {"text": batch.label_ids.shape[0], "flow": batch.latents.shape[0]}
+    return {"text": batch.label_ids.shape[0], "flow": batch.flow_index.shape[0]}
 
 
 def prior_terms(outputs: tuple[Tensor, Tensor], batch: PackedBatch, stage: StageConfig) -> dict[str, LossTerm]:
     """`text`: cross-entropy per label, nats. `flow`: squared error of the velocity per latent, mean over channels.
 
-    `outputs` of a `Transfusion`: cross-entropy [Y] and velocity [N, d].
+    `outputs` of a `Transfusion`: cross-entropy [Y] and velocity [F, d].
     """
     label_losses, velocity = outputs
     counts = prior_counts(batch)
+    drawn = batch.flow_index
+    error = squared_error(velocity, batch.latents[drawn], batch.noise[drawn])
     return {
         "text": LossTerm(label_losses.sum(), counts["text"], stage.lambda_text),
-        "flow": LossTerm(squared_error(velocity, batch.latents, batch.noise).sum(), counts["flow"], stage.lambda_flow),
+        "flow": LossTerm(error.sum(), counts["flow"], stage.lambda_flow),
     }
 
 

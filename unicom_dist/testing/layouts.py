@@ -135,6 +135,7 @@ def merged(pieces: Sequence[PackedBatch]) -> PackedBatch:
             values[name] = torch.cat([getattr(first, name), getattr(piece, name)])
         for name in ("token_index", "label_index", "latent_index", "feature_index"):
             values[name] = torch.cat([getattr(first, name), getattr(piece, name) + positions])
+        values["flow_index"] = torch.cat([first.flow_index, piece.flow_index + first.latents.shape[0]])
         for name in ("label_sample", "latent_sample"):
             values[name] = torch.cat([getattr(first, name), getattr(piece, name) + samples])
         moved = [replace(segment, sample=segment.sample + samples) for segment in piece.segments]

@@ -50,6 +50,7 @@ def tiny_batch(
         latents=torch.randn(noised, latent_channels, generator=draw),
         noise=torch.randn(noised, latent_channels, generator=draw),
         t=torch.tensor(times),
+        flow_index=torch.arange(noised),
         latent_index=index["latent"],
         latent_grid=torch.tensor(grids["latent"], dtype=torch.int64).reshape(-1, 2),
         features=torch.randn(seen, feature_channels, generator=draw),
