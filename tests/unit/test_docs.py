@@ -41,7 +41,7 @@ def test_named_make_targets_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_named_commands_exist(page, capsys):
     found = {tuple(match.split()) for text in _code(page) for match in re.findall(r"unicom ((?:[a-z]+ ?){1,2})", text)}
-    groups = {"config", "convert", "data", "features", "latents"}
+    groups = {"ablate", "config", "convert", "data", "features", "latents"}
     for words in sorted(found):
         command = list(words[:2] if words[0] in groups else words[:1])
         assert run([*command, "--help"]) == 0, f"{page.name}: unicom {' '.join(words)}: {capsys.readouterr().err}"

@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from unicom_dist import __version__
-from unicom_dist.cli import config, convert, data, doctor, evaluate, features, latents, plan, report, sample, train
+from unicom_dist.cli import (
+    ablate,
+    config,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    features,
+    latents,
+    plan,
+    report,
+    sample,
+    train,
+)
 from unicom_dist.cli.failure import guarded
 
 app = typer.Typer(
@@ -27,6 +40,7 @@ app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("eval")(evaluate.evaluate)
+app.add_typer(ablate.app, name="ablate")
 app.command("report")(report.report)
 app.add_typer(convert.app, name="convert")
 

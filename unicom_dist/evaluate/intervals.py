@@ -42,6 +42,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON, which knows no infinity: None."""
+        return {name: value if np.isfinite(value) else None for name, value in self._asdict().items()}
+
 
 def over_seeds_and_pictures(values: ArrayLike, level: float = 0.95) -> Estimate:
     """The mean of `values` [S, P], measured for S trainings on the same P pictures, and a t interval for it.

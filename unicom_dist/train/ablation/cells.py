@@ -1,0 +1,122 @@
+"""The trainings of an ablation: every variant with every seed, each a run directory of its own that resumes by itself.
+
+run_dir/<variant>/seed-<n>/    config.yaml, metrics.jsonl, checkpoints/, weights/ … as `unicom train` leaves them
+run_dir/logs/                  of the ranks, which are started once for all trainings that are not finished
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unicom_dist.config.errors import ConfigError
+from unicom_dist.config.explain import diff, write_config
+from unicom_dist.config.load import Loaded, load_recipe, load_values
+from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.tracking.status import write_status
+from unicom_dist.train.launch import joined, launch, threads_per_rank
+from unicom_dist.train.pipeline import finished
+
+DOCS = "docs/ablation.md"
+ORIGIN = "unicom ablate"
+DECISIVE = ("seed", "data", "encoder", "codec", "prior", "stages")  # sections that change what is trained
+OBSERVING = ("log_every", "eval_every", "sample_every", "checkpoint_every")  # keys of a stage that do not
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A point of the grid: a name fit for a folder, and the dotted keys in which it differs from the recipe."""
+
+    name: str
+    overrides: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a variant with a seed. Its configuration has the one stage that is trained."""
+
+    variant: Variant
+    seed: int
+    config: Config
+    origins: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """Of the training, among all of the ablation."""
+        return f"{self.variant.name}-seed-{self.seed}"
+
+    @property
+    def stage(self) -> StageConfig:
+        """The stage that is trained."""
+        return self.config.stages[0]
+
+    @property
+    def folder(self) -> Path:
+        """Its run directory."""
+        return Path(self.config.run_dir)
+
+
+def make_cells(loaded: Loaded, variants: Iterable[Variant], stage: StageConfig) -> list[Cell]:
+    """Every variant with each of `ablation.seeds` seeds, seed by seed within a variant. ConfigError: an illegal one."""
+    base = loaded.config
+    values = base.model_dump(mode="json")
+    values |= {"stages": [stage.model_dump(mode="json")], "keep_checkpoints": 1}
+    cells = []
+    for variant in variants:
+        for seed in range(base.seed, base.seed + base.ablation.seeds):
+            own = dict(variant.overrides) | {
+                "name": f"{base.name}, {variant.name}, seed {seed}",
+                "seed": seed,
+                "run_dir": str(Path(base.run_dir) / variant.name / f"seed-{seed}"),
+                "tracking.mlflow": False,  # the ablation sends all of them
+            }
+            config = load_values(values, [f"{key}={json.dumps(value)}" for key, value in own.items()]).config
+            cells.append(Cell(variant, seed, config, dict(loaded.origins) | dict.fromkeys(own, ORIGIN)))
+    return cells
+
+
+def train(cells: Sequence[Cell], folder: Path, say: Callable[[str], None]) -> None:
+    """Train the cells that are not finished; `say` receives a line for the user per event, logs go below `folder`.
+
+    ConfigError: a cell was begun with other settings, or torchrun or srun started this process.
+    Preempted: a signal asked to stop, the training in progress wrote a checkpoint; the same call continues.
+    """
+    if joined():
+        raise ConfigError(
+            "unicom ablate was started by torchrun or srun",
+            "it starts the ranks of its trainings itself",
+            "start it once, and say with parallel.nproc how many ranks a training has",
+            DOCS,
+        )
+    todo = []
+    for cell in cells:
+        check_settings(cell)
+        if finished(cell.config, cell.stage):
+            say(f"{cell.name}: finished before, skipped")
+        else:
+            write_config(cell.folder, cell.config, cell.origins)
+            todo.append(cell)
+    if not todo:
+        return
+    parallel = todo[0].config.parallel
+    threads = threads_per_rank(parallel.nproc, parallel.threads)
+    say(f"{len(todo)} of {len(cells)} trainings: {parallel.nproc} ranks, {threads} threads each")
+    launch([(cell.config, [cell.stage.name]) for cell in todo], folder, parallel.nproc, threads)
+    for cell in todo:
+        write_status(cell.folder, "done", stage=cell.stage.name, step=cell.stage.steps, exit_code=0)
+
+
+def check_settings(cell: Cell) -> None:
+    """ConfigError when the cell was begun with settings that train something else than those of now."""
+    if not (cell.folder / "config.yaml").is_file():
+        return
+    for change in diff(load_recipe(cell.folder).config, cell.config):
+        section, _, key = change.key.partition(".")
+        if section in DECISIVE and key.rpartition(".")[2] not in OBSERVING:
+            raise ConfigError(
+                f"{cell.folder} was begun with {change.key} = {change.left}, the recipe now says {change.right}",
+                "variants can be compared only when all were trained alike",
+                "choose another run_dir for the new settings, or remove that folder",
+                DOCS,
+            )

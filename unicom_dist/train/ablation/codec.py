@@ -1,0 +1,154 @@
+"""`unicom ablate codec`: the points of `codec_grid`, trained and measured alike, and the page about them."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unicom_dist.config.errors import ConfigError
+from unicom_dist.config.explain import write_config
+from unicom_dist.config.load import Loaded
+from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.data.pairs import feature_channels, open_set
+from unicom_dist.evaluate.intervals import over_seeds_and_pictures
+from unicom_dist.tracking.env import write_env
+from unicom_dist.tracking.mirror import start_mirror
+from unicom_dist.tracking.report.data import Points, Stage
+from unicom_dist.tracking.report.document import write_page
+from unicom_dist.tracking.status import write_status
+from unicom_dist.train.ablation import codec_page
+from unicom_dist.train.ablation.cells import DOCS, Cell, Variant, make_cells, train
+from unicom_dist.train.ablation.codec_claims import claims_of
+from unicom_dist.train.ablation.codec_grid import Point, points_of
+from unicom_dist.train.ablation.journal import read_stage, record
+from unicom_dist.train.ablation.reconstruction import METRICS, Judges, Measured, measure, strip_of
+from unicom_dist.train.pipeline import final_status, preflight
+
+RESULT, PAGE, SHEET = "ablation.json", "ablation.html", "samples/ablation/sheet.png"
+FLOW, PERCEPTUAL = "loss/flow", "loss/perceptual"  # held out, over the steps of a training
+
+
+def run(loaded: Loaded, say: Callable[[str], None], judges: Judges | None = None) -> Path:
+    """Train what is not trained, measure what is not measured, write the result. Returns the path of the page.
+
+    Everything is in `run_dir`: a folder per training, `ablation.json`, `ablation.html` and the sheet of pictures. `say`
+    receives a line for the user per event; `judges`: others than the recipe's. Raises whatever ended it, with the
+    status written.
+    """
+    config, folder = loaded.config, Path(loaded.config.run_dir)
+    stage = codec_stage(config)
+    points = points_of(config.ablation, feature_channels(open_set(config, "train"), config.encoder.kind))
+    cells = make_cells(loaded, [Variant(name, point.overrides()) for name, point in points.items()], stage)
+    preflight(config)
+    write_config(folder, config, loaded.origins)
+    write_env(folder)
+    write_status(folder, "running")
+    start_mirror(folder, config.tracking)
+    try:
+        train(cells, folder, say)
+        measured, originals = measure(cells, config, say, judges)
+        record(
+            folder,
+            cells,
+            {c.name: {m.name: one.mean(m) for m in METRICS} for c, one in zip(cells, measured, strict=True)},
+        )
+        result = summary(config, stage, points, cells, measured)
+        write_page(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        strips = {cell.variant.name: strip_of(cell, len(originals)) for cell in reversed(cells)}  # of the first seed
+        (folder / SHEET).parent.mkdir(parents=True, exist_ok=True)
+        codec_page.sheet(result, originals, strips).save(folder / SHEET)
+        write_page(folder / PAGE, codec_page.render(result, folder / SHEET, folder))
+    except BaseException as error:
+        final_status(config, error)
+        raise
+    write_status(folder, "done", stage=stage.name, step=stage.steps, exit_code=0)
+    return folder / PAGE
+
+
+def codec_stage(config: Config) -> StageConfig:
+    """The recipe's first codec stage. ConfigError without one."""
+    for stage in config.stages:
+        if stage.kind == "codec":
+            return stage
+    raise ConfigError(
+        "the recipe has no codec stage", "it says how a codec is trained", "take recipes/ablate_codec.yaml", DOCS
+    )
+
+
+def summary(
+    config: Config, stage: StageConfig, points: Mapping[str, Point], cells: Sequence[Cell], measured: Sequence[Measured]
+) -> dict[str, Any]:
+    """The content of `ablation.json`, from which the page is made."""
+    seeds: dict[str, list[Measured]] = {}
+    stages: dict[str, list[Stage]] = {}
+    for cell, one in zip(cells, measured, strict=True):
+        seeds.setdefault(cell.variant.name, []).append(one)
+        stages.setdefault(cell.variant.name, []).append(read_stage(cell))
+    tables = {
+        name: {metric.name: table_of(several, metric.name) for metric in METRICS} for name, several in seeds.items()
+    }
+    curves = {
+        key: {name: [held_out(s, key) for s in several] for name, several in stages.items()}
+        for key in (FLOW, PERCEPTUAL)
+    }
+    tokens = {name: several[0].tokens for name, several in seeds.items()}
+    whole = next(iter(points))
+    claims = claims_of(points, tokens, tables, curves[FLOW])
+    return {
+        "ablation": "codec",
+        "recipe": config.name,
+        "encoder": config.encoder.kind,
+        "steps": stage.steps,
+        "batch": stage.batch,
+        "image_px": config.codec.decoder.image_px,
+        "seeds": sorted({cell.seed for cell in cells}),
+        "pictures": len(measured[0].keys),
+        "training_s": round(sum(one.busy_s for several in stages.values() for one in several)),
+        "variants": [
+            {
+                "name": name,
+                "kind": point.kind,
+                "spatial": point.spatial,
+                "tokens": tokens[name],
+                "channels": point.channels,
+                "parameters": seeds[name][0].parameters,
+                "figures": {
+                    metric: over_seeds_and_pictures(values).as_dict() for metric, values in tables[name].items()
+                },
+                "against_whole": {
+                    metric: over_seeds_and_pictures(values - tables[whole][metric]).as_dict()
+                    for metric, values in tables[name].items()
+                },
+                "curves": {key: mean_curve(found[name]) for key, found in curves.items()},
+            }
+            for name, point in points.items()
+        ],
+        "seed_std": {metric.name: seed_std([tables[name][metric.name] for name in points]) for metric in METRICS},
+        "claims": [claim.as_dict() for claim in claims],
+    }
+
+
+def table_of(several: Sequence[Measured], metric: str) -> NDArray[np.float64]:
+    """[seeds, pictures]."""
+    return np.array([one.values[metric] for one in several])
+
+
+def seed_std(tables: Sequence[NDArray[np.float64]]) -> float | None:
+    """Standard deviation between seeds of the mean over pictures, pooled over variants [S, P]; None for one seed."""
+    if len(tables[0]) < 2:
+        return None
+    return float(np.mean([values.mean(1).var(ddof=1) for values in tables]) ** 0.5)
+
+
+def held_out(stage: Stage, name: str) -> Points:
+    """The held-out curve of a training; empty where the quantity was not recorded."""
+    return stage.curves[name].heldout if name in stage.curves else []
+
+
+def mean_curve(curves: Sequence[Points]) -> Points:
+    """The mean over trainings at the steps all of them have."""
+    steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
+    return [(step, sum(dict(curve)[step] for curve in curves) / len(curves)) for step in steps]

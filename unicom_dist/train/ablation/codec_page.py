@@ -1,0 +1,270 @@
+"""The page about a codec ablation, made from `ablation.json`: verdicts, pictures, tables, charts, how it was done."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unicom_dist.sample.sheet import picture_sheet
+from unicom_dist.tracking.console import format_duration
+from unicom_dist.tracking.report import tables
+from unicom_dist.tracking.report.charts import Line, chart
+from unicom_dist.tracking.report.data import load_run
+from unicom_dist.tracking.report.document import document
+from unicom_dist.tracking.report.forest import Bar, forest
+from unicom_dist.tracking.report.html import Child, Markup, join, table, tag
+from unicom_dist.tracking.report.pictures import embed
+from unicom_dist.train.ablation.codec_claims import label, reference_width
+from unicom_dist.train.ablation.codec_grid import TABLE_4, Point, published
+from unicom_dist.train.ablation.reconstruction import METRICS, PSNR
+
+Result = Mapping[str, Any]
+COLORS = {"identity": "#1c2430", "attention": "#3465a4", "mlp": "#c4601d"}
+FEWER = {"identity": "#8a93a0", "attention": "#8fb4dd", "mlp": "#e9b48c"}  # the same with a quarter of the tokens
+STYLES = {"agrees": "good", "disagrees": "poor"}
+ARROWS = {"higher": "↑", "lower": "↓"}
+
+
+def render(result: Result, sheet: Path, run_dir: Path) -> str:
+    """The page as HTML; `sheet` is the picture, `run_dir` has configuration and environment."""
+    run = load_run(run_dir)
+    sections = [
+        ("verdict", "What it says beside the paper", verdicts(result)),
+        ("pictures", "The same held-out pictures", pictures(sheet, result)),
+        ("steps", "Equal steps", equal_steps(result)),
+        ("scalars", "Equal scalars", equal_scalars(result)),
+        ("paper", "Beside table 4", beside_paper(result)),
+        ("curves", "Curves", curves(result)),
+        ("method", "How it was done", method(result)),
+        ("configuration", "Configuration", tables.configuration(run)),
+        ("environment", "Environment", tables.environment(run)),
+    ]
+    return document("Codec ablation – UniCom", header(result), sections)
+
+
+def sheet(result: Result, originals: Sequence[Image.Image], strips: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """Originals above, then one row per variant."""
+    rows = [("original", originals)]
+    rows += [(name_of(variant), strips[variant["name"]]) for variant in result["variants"]]
+    return picture_sheet(rows)
+
+
+def header(result: Result) -> Markup:
+    """Title and the figures that say how large the experiment is."""
+    seeds = result["seeds"]
+    facts = {
+        "trainings": f"{len(result['variants']) * len(seeds)}: {len(result['variants'])} variants × {len(seeds)} seeds",
+        "steps": f"{result['steps']} of {result['batch']} pictures",
+        "pictures": f"{result['image_px']} px",
+        "encoder": result["encoder"],
+        "measured on": f"{result['pictures']} held-out pictures",
+        "training time": format_duration(result["training_s"]),
+    }
+    items = [tag("div", tag("dt", key), tag("dd", value)) for key, value in facts.items()]
+    title = "Channels or tokens: what a codec can do without"
+    return tag("header", tag("p", "UniCom codec ablation", class_="kicker"), tag("h1", title), tag("dl", *items))
+
+
+def verdicts(result: Result) -> Markup:
+    """Every claim with its verdict and, in words, the findings in the first metric; all of them folded."""
+    blocks: list[Child] = []
+    for claim in result["claims"]:
+        verdict, findings = claim["verdict"], claim["findings"]
+        lead = [tag("li", f["sentence"]) for f in findings if f["metric"] == findings[0]["metric"] or len(findings) < 5]
+        rows: list[list[Child]] = [_finding(finding) for finding in findings]
+        head: list[Child] = ["left", "right", "figure", "left − right", "95 % interval", "paper", "expected", "verdict"]
+        folded = table(head, rows, (3, 4, 5))
+        blocks += [
+            tag("h3", claim["claim"], tag("small", claim["source"])),
+            tag("p", tag("span", _sentence(verdict), class_=STYLES.get(verdict))),
+            tag("ul", *lead),
+            tag("details", tag("summary", f"all {len(findings)} comparisons"), folded),
+        ]
+    return join(*blocks)
+
+
+def _sentence(verdict: str) -> str:
+    words = {"agrees": "Agrees.", "disagrees": "Disagrees.", "not decided": "Not decided by these intervals."}
+    return words.get(verdict, f"Mixed: {verdict}.")
+
+
+def _finding(finding: Mapping[str, Any]) -> list[Child]:
+    digits = 2 if finding["unit"] == "dB" else 3
+    expected = {"above": "> 0", "below": "< 0", "equal": f"within ±{finding['margin']:g}"}[finding["expected"]]
+    return [
+        finding["left"],
+        finding["right"],
+        f"{finding['metric']} {finding['unit']}",
+        _signed(finding["difference"]["mean"], digits),
+        _interval(finding["difference"], digits, signed=True),
+        _signed(finding["paper"], digits),
+        expected,
+        tag("span", finding["verdict"], class_=STYLES.get(finding["verdict"])),
+    ]
+
+
+def pictures(sheet: Path, result: Result) -> Markup | None:
+    """The sheet, of the first seed."""
+    source = embed(sheet)
+    if source is None:
+        return None
+    image = tag("img", src=source, alt="held-out pictures, one row per variant", loading="lazy")
+    seed = result["seeds"][0]
+    note = f"Drawn by the trainings with seed {seed} from the same noise. Rows: tokens × channels per picture."
+    return join(tag("div", tag("figure", image), class_="lead"), tag("p", note))
+
+
+def equal_steps(result: Result) -> Markup:
+    """All variants after the same steps: figures with intervals, and differences to no compression at all."""
+    rows: list[list[Child]] = []
+    for variant in result["variants"]:
+        values = variant["tokens"] * variant["channels"]
+        cells: list[Child] = [name_of(variant), f"{values:,}", f"{variant['parameters'] / 1e6:.2f} M"]
+        for metric in METRICS:
+            estimate = variant["figures"][metric.name]
+            interval = tag("small", _interval(estimate, metric.digits))
+            cells.append(join(f"{estimate['mean']:.{metric.digits}f} ", interval))
+        rows.append(cells)
+    head: list[Child] = ["tokens × channels", "values", "parameters"]
+    head += [f"{metric.name} {metric.unit} {ARROWS[metric.better]}" for metric in METRICS]
+    whole = name_of(result["variants"][0])
+    charts = []
+    for metric in METRICS:
+        bars = [
+            Bar(name_of(variant), *_numbers(variant["against_whole"][metric.name]), color_of(variant))
+            for variant in result["variants"][1:]
+        ]
+        charts.append(forest(f"{metric.name}: difference to {whole}", bars, metric.unit, zero=whole))
+    note = (
+        "95 % intervals over seeds and pictures. Those of the table are wide because pictures differ; the charts"
+        " compare variants seed by seed and picture by picture. Parameters: of compressor and decompressor."
+    )
+    return join(table(head, rows, tuple(range(1, len(head)))), tag("p", note), *charts)
+
+
+def equal_scalars(result: Result) -> Markup | None:
+    """Pairs with as many values per picture: all tokens with d channels, a quarter with 4 d."""
+    claim = next((claim for claim in result["claims"] if "equally many values" in claim["claim"]), None)
+    if claim is None:
+        return None
+    charts = []
+    for metric in METRICS:
+        found = [finding for finding in claim["findings"] if finding["metric"] == metric.name]
+        bars = [
+            Bar(f"{f['left']} | {f['right'].partition(',')[0]}", *_numbers(f["difference"]), "#3465a4") for f in found
+        ]
+        zero = "as good with a quarter of the tokens"
+        charts.append(forest(f"{metric.name}: all tokens minus a quarter of them", bars, metric.unit, zero=zero))
+    text = f"{_sentence(claim['verdict'])} Both sides of a pair have as many values per picture and the same steps."
+    return join(tag("p", text), *charts)
+
+
+def beside_paper(result: Result) -> Markup:
+    """The rows of table 4 and the variants that correspond to them."""
+    rows: list[list[Child]] = []
+    for row in TABLE_4:
+        for variant in result["variants"]:
+            if published(point_of(variant)) is row:
+                kind = {"identity": "none", "mlp": "MLP", "attention": "MHA"}[row.kind]
+                there: list[Child] = [f"{kind}, {row.tokens} × {row.channels}", row.rfid, row.psnr, row.ssim]
+                figures = [_mean(variant, metric.name, metric.digits) for metric in METRICS]
+                rows.append([*there, name_of(variant), *figures])
+    head: list[Child] = ["paper", "rFID ↓", "PSNR ↑", "SSIM ↑", "here"]
+    head += [f"{metric.name} {ARROWS[metric.better]}" for metric in METRICS]
+    note = (
+        "UniCom (arXiv 2603.10702), table 4: ImageNet at 1024 px, FLUX.1-dev as decoder, SigLIP2 with 1152 channels."
+        " Compare the differences between rows, not the figures: pictures, encoder, decoder and size are others here."
+        " rFID is not measured here: on so few pictures it says little."
+    )
+    return join(table(head, rows, (1, 2, 3, *range(5, len(head)))), tag("p", note))
+
+
+def curves(result: Result) -> Markup | None:
+    """Held-out losses over the steps, means over the seeds."""
+    variants = result["variants"]
+    width = reference_width([point_of(v) for v in variants if v["kind"] != "identity" and v["spatial"] == "none"])
+    told = [v for v in variants if v["kind"] == "identity" or (v["spatial"] == "none" and v["channels"] == width)]
+    groups = [("the paper's comparison", told)]
+    for kind in ("attention", "mlp"):
+        groups.append((kind, [v for v in variants if v["kind"] == kind]))
+    charts = []
+    for title, group in groups:
+        for key, name in (("loss/flow", "held-out flow loss"), ("loss/perceptual", "held-out perceptual loss")):
+            lines = [
+                Line(name_of(v), [(step, value) for step, value in v["curves"][key]], shade(v, group), dots=True)
+                for v in group
+            ]
+            charts.append(chart(f"{name}: {title}", lines, labels=True))
+    shown = [item for item in charts if item]
+    note = "Of the averaged weights, which trail behind while the loss falls fast. Means over the seeds."
+    return join(tag("div", *shown, class_="charts"), tag("p", note)) if shown else None
+
+
+def method(result: Result) -> Markup:
+    """What the figures mean, and what they cannot tell."""
+    noise = result["seed_std"][PSNR.name]
+    means = [variant["figures"][PSNR.name]["mean"] for variant in result["variants"]]
+    by_seed = ""
+    if noise is not None:
+        by_seed = (
+            f" Two trainings of one variant that differ in nothing but the seed lie {noise:.2f} dB PSNR apart (standard"
+            f" deviation, pooled over the variants); the variants lie between {min(means):.2f} and {max(means):.2f} dB."
+        )
+    texts = [
+        f"Every variant was trained with seeds {', '.join(map(str, result['seeds']))} for {result['steps']} steps of"
+        f" {result['batch']} pictures, with the same decoder, learning rate and loss, and with one seed on the same"
+        " pictures in the same order with the same noise. Trainings are short: the page compares how far variants come"
+        " in equal steps, not where they would end." + by_seed,
+        "Spatial variants make one token of 2 × 2, by their mean or by a learned query, before channels are narrowed.",
+        "Held-out pictures are drawn anew from their features with the same noise for every variant. PSNR, SSIM and"
+        " LPIPS (VGG; training looks through AlexNet) compare pictures at the size that is drawn.",
+        "Intervals are t intervals over seeds and pictures at once (variance of the seeds' means plus that of the"
+        " pictures' means, degrees of freedom after Satterthwaite); of flow losses over seeds alone. They are not"
+        " corrected for the number of comparisons. A verdict needs the whole interval on one side: “agrees” on the"
+        " side of the claim, “disagrees” on the other, else “not decided”.",
+    ]
+    return join(*(tag("p", text) for text in texts))
+
+
+def name_of(variant: Mapping[str, Any]) -> str:
+    """ "64 × 16, attention"."""
+    return label(point_of(variant), variant["tokens"])
+
+
+def point_of(variant: Mapping[str, Any]) -> Point:
+    """The point of the grid a variant of `ablation.json` is."""
+    return Point(variant["kind"], variant["spatial"], variant["channels"])
+
+
+def color_of(variant: Mapping[str, Any]) -> str:
+    """By kind, pale with fewer tokens."""
+    return (COLORS if variant["spatial"] == "none" else FEWER)[variant["kind"]]
+
+
+def shade(variant: Mapping[str, Any], group: Sequence[Mapping[str, Any]]) -> str:
+    """A colour of its own within a chart."""
+    palette = ("#1c2430", "#3465a4", "#c4601d", "#2e8540", "#8b4fa8", "#b3344d", "#5f6b7a", "#0f8f8f", "#8a6d1b")
+    return palette[list(group).index(variant) % len(palette)]
+
+
+def _mean(variant: Mapping[str, Any], metric: str, digits: int) -> str:
+    return f"{variant['figures'][metric]['mean']:.{digits}f}"
+
+
+def _numbers(estimate: Mapping[str, float | None]) -> tuple[float, float, float]:
+    mean, low, high = estimate["mean"], estimate["low"], estimate["high"]
+    assert mean is not None
+    return mean, -float("inf") if low is None else low, float("inf") if high is None else high
+
+
+def _signed(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:+.{digits}f}"
+
+
+def _interval(estimate: Mapping[str, float | None], digits: int, signed: bool = False) -> str:
+    low, high = estimate["low"], estimate["high"]
+    if low is None or high is None:
+        return "not known"
+    sign = "+" if signed else ""
+    return f"{low:{sign}.{digits}f} … {high:{sign}.{digits}f}"

@@ -1,0 +1,41 @@
+"""What the trainings of an ablation recorded: their curves, and the ablation's own metrics.jsonl.
+
+There every training is a stage of the ablation, with the figures it was measured by, so that MLflow shows a parent run
+with a nested run per training.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from unicom_dist.tracking.metrics import METRICS_FILE, Record, read_metrics
+from unicom_dist.tracking.report.data import Stage, collect_stages
+from unicom_dist.train.ablation.cells import Cell
+
+KEPT = ("train", "eval", "params")
+
+
+def read_stage(cell: Cell) -> Stage:
+    """Curves and time of a training; empty where nothing was recorded."""
+    name = cell.stage.name
+    return collect_stages(read_metrics(cell.folder), [name]).get(name, Stage(name))
+
+
+def record(folder: Path, cells: Sequence[Cell], figures: Mapping[str, Mapping[str, float]]) -> None:
+    """Append to the metrics.jsonl in `folder` the trainings that are not in it, with `figures` by cell and name."""
+    known = {item.stage for item in read_metrics(folder) if item.kind == "stage"}
+    lines = []
+    for cell in cells:
+        if cell.name in known:
+            continue
+        records = [item for item in read_metrics(cell.folder) if item.kind in KEPT]
+        step, now = cell.stage.steps, time.time()
+        lines += [Record(cell.name, item.step, item.kind, item.values, item.time) for item in records]
+        lines += [
+            Record(cell.name, step, "params", {"seed": cell.seed, **cell.variant.overrides}, now),
+            Record(cell.name, step, "eval", dict(figures[cell.name]), now),
+            Record(cell.name, step, "stage", {"state": "done"}, now),
+        ]
+    if lines:
+        with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write("".join(line.to_json() + "\n" for line in lines))
