@@ -1,10 +1,15 @@
 """Rectified flow: path, target, times. One process."""
 
+import math
+
 import pytest
 import torch
 
 from unicom_dist.config.schema import CodecConfig, PriorConfig
+from unicom_dist.models.diffusers_classes import diffusers_class
+from unicom_dist.models.flow import flux_shift, shift_factor
 from unicom_dist.objective.flow import clean_from_velocity, interpolate, sample_t, shift, squared_error, target
+from unicom_dist.sample.solver import time_grid
 
 
 def test_path_runs_from_noise_to_data_at_the_velocity() -> None:
@@ -64,3 +69,33 @@ def test_squared_error_is_the_mean_over_channels() -> None:
     velocity = target(data, noise) + torch.arange(5.0)[:, None, None]
     torch.testing.assert_close(squared_error(velocity, data, noise), torch.arange(5.0).square(), rtol=1e-4, atol=1e-5)
     assert squared_error(velocity[:0], data[:0], noise[:0]).shape == (0,)
+
+
+def test_the_shift_of_a_resolution_is_that_of_diffusers() -> None:
+    """mu by its pipeline, the shift by its scheduler, in noise levels: sigma = 1 - t."""
+    diffusers_class("FluxTransformer2DModel")  # hides a torchvision that does not fit this torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential")
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    for patches in (64, 256, 1000, 4096):
+        theirs = scheduler.time_shift(calculate_shift(patches), 1.0, 1 - t)
+        torch.testing.assert_close(1 - shift(t, flux_shift(patches)), theirs)
+        steps = 4
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=calculate_shift(patches))
+        torch.testing.assert_close(1 - torch.tensor(time_grid(steps, flux_shift(patches))), scheduler.sigmas)
+    assert flux_shift(256) == pytest.approx(math.exp(0.5))
+    assert flux_shift(4096) == pytest.approx(math.exp(1.15))
+
+
+def test_the_shift_of_a_codec_follows_the_picture_if_asked() -> None:
+    fixed, by_size = CodecConfig(timestep_shift=2.0), CodecConfig(timestep_shift=2.0, resolution_shift=True)
+    assert shift_factor(fixed, 256) == shift_factor(fixed) == 2.0
+    assert shift_factor(by_size, 1024) == flux_shift(1024)
+    assert shift_factor(PriorConfig(timestep_shift=3.0)) == 3.0
+    with pytest.raises(ValueError, match="number of patches"):
+        shift_factor(by_size)
+    few, many = (sample_t(by_size, 1000, torch.Generator().manual_seed(1), patches) for patches in (256, 4096))
+    assert torch.equal(few, shift(sample_t(CodecConfig(), 1000, torch.Generator().manual_seed(1)), flux_shift(256)))
+    assert bool((many <= few).all())
