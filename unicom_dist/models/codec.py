@@ -7,6 +7,7 @@ Time: t = 1 is data, z_t = t z1 + (1 - t) eps, v = z1 - eps.
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class CodecBatch:
 
     def to(self, device: torch.device | str) -> "CodecBatch":
         """A copy whose tensors are on `device`; dtypes are kept (the model casts at its border)."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if torch.is_tensor(value)}
         return replace(self, **moved)
 

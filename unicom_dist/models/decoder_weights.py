@@ -68,7 +68,8 @@ class Published:
     """The tensors of all safetensors files of a folder. CheckpointError: none there, or damaged ones."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._files = folder, {}
+        self._folder = folder
+        self._files: dict[str, tuple[Path, Any]] = {}
         with ExitStack() as stack:
             for path in sorted(folder.glob("*.safetensors")):
                 stack.enter_context(readable(path))
@@ -140,7 +141,7 @@ def pooled_vector(config: DecoderConfig) -> Tensor:
     """The only tensor of the file `config.pooled_path`, flattened. CheckpointError: another shape, or unreadable."""
     path = Path(config.pooled_path)
     with readable(path), safe_open(path, framework="pt") as file:
-        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+        tensors: list[Tensor] = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
     if len(tensors) != 1 or tensors[0].numel() != config.pooled_channels:
         found = ", ".join(str(list(tensor.shape)) for tensor in tensors) or "nothing"
         raise CheckpointError(
