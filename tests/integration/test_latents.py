@@ -10,10 +10,13 @@ import torch
 from pipelines import ingest, latents
 from unicom_dist.config.errors import CheckpointError, DataError
 from unicom_dist.config.schema import Config
+from unicom_dist.data.loader import PriorLoader
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import read_npy, to_tensor, write_npy
+from unicom_dist.data.samples import grid_positions
 from unicom_dist.data.shardset import ShardSet, part_name
 from unicom_dist.data.tar import Shard, ShardWriter
+from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
@@ -75,6 +78,43 @@ def test_latents_are_the_compressors_and_statistics_those_of_the_training_set(co
     torch.testing.assert_close(stats.mean, reference.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stats.std, reference.std, rtol=1e-4, atol=1e-5)
     assert json.loads((run / "weights" / "codec" / "config.json").read_text())["stats"] == stats.to_json()
+
+
+@pytest.mark.parametrize(
+    "keys", [{"spatial": "pool"}, {"spatial": "resampler", "bottleneck": "tanh"}, {"bottleneck": "kl"}]
+)
+def test_latents_of_every_variant_are_read_by_the_prior_at_their_own_grid(tmp_path: Path, keys: dict[str, str]) -> None:
+    """The statistics are those of the latents as they are: of a posterior the means."""
+    write_tiny_assets(tmp_path, pictures=20)
+    config = tiny_config(tmp_path, codec={"compressor": keys})
+    ingest.run(config, workers=1)
+    write_features(config)
+    write_tiny_weights(config)
+    latents.run(config)
+    codec, run = tiny_codec(config), Path(config.run_dir)
+    stats = LatentStats.from_json(json.loads((run / "latents" / "stats.json").read_text()))
+    together, found = joined(config, "train"), []
+    for number in range(len(together)):
+        sample = together[number]
+        tokens = to_tensor(read_npy(sample.parts["random"]["features.npy"], sample.key)).float()
+        (rows, columns) = json.loads(bytes(sample.parts["latent"]["json"]))["grid"]
+        stored = to_tensor(read_npy(sample.parts["latent"]["latent.npy"], sample.key))
+        assert (rows, columns) == ((1, len(tokens)) if "spatial" not in keys else (1, -(-len(tokens) // 2)))
+        found.append(codec.encode(tokens[None], None, grid_positions(1, len(tokens))[None])[0])
+        torch.testing.assert_close(stored.float(), found[-1], rtol=2e-3, atol=2e-3)
+    reference = LatentStats.from_tensors(found)
+    torch.testing.assert_close(stats.mean, reference.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.std, reference.std, rtol=1e-4, atol=1e-5)
+    vocabulary = Vocabulary.full(config.prior.tokenizer)
+    numbers = {together.key(n): n for n in range(len(together))}
+    with PriorLoader(config, config.stage("pretrain"), vocabulary, stats) as loader:
+        batch = loader.next_step()[0]
+    for row, key in enumerate(batch.keys):
+        if batch.tasks[row] == "text_to_image":
+            mine = batch.latent_sample == row
+            expected = stats.normalise(found[numbers[key]])
+            torch.testing.assert_close(batch.latents[mine], expected, rtol=1e-2, atol=1e-2)
+            assert torch.equal(batch.latent_grid[mine], grid_positions(1, len(expected)))
 
 
 def test_moments_merge_to_those_of_the_union() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from unicom_dist.config.schema import CodecConfig, CompressorConfig, DecoderConfig
 from unicom_dist.models.codec import Codec, CodecBatch, LatentStats, spread_of
+from unicom_dist.models.flow import interpolate
 
 CONFIG = CodecConfig(
     compressor=CompressorConfig(channels=6, heads=2, attention_width=16, expanded=20),
@@ -70,9 +71,61 @@ def test_latent_noise_scales_with_the_latents_of_each_image() -> None:
     torch.testing.assert_close(spread_of(latents, half), latents[:, :2].flatten(1).std(1, correction=0))
 
 
-def test_every_weight_gets_a_gradient() -> None:
-    network = codec()
-    velocity, _ = network(batch())
+def variant(**keys: object) -> CodecConfig:
+    return CONFIG.model_copy(update={"compressor": CONFIG.compressor.model_copy(update=keys)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spatial", ["pool", "resampler"])
+def test_the_decoder_reads_the_latents_of_a_spatial_compressor_at_their_own_places(spatial: str) -> None:
+    """Images of 3 x 3 and 2 x 2 tokens have 2 x 2 and 1 x 1 latents; padding of neither is read."""
+    network, inputs = codec(variant(spatial=spatial)), batch(2, 9)
+    grid = torch.nn.utils.rnn.pad_sequence([places(3, 3), places(2, 2)], batch_first=True)
+    mask = torch.arange(9) < torch.tensor([9, 4])[:, None]
+    noise = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    level = torch.tensor([0.0, 0.7])
+    inputs = replace(inputs, grid=grid, mask=mask, latent_noise=noise, latent_noise_level=level)
+    velocity, _ = network(inputs)
+    for row, (n, m) in enumerate(((9, 4), (4, 1))):
+        alone = replace(
+            inputs,
+            **{name: getattr(inputs, name)[row, None] for name in ("images", "noise", "t", "latent_noise_level")},
+            **{name: getattr(inputs, name)[row, None, :n] for name in ("features", "mask", "grid")},
+            latent_noise=noise[row, None, :m],
+        )
+        torch.testing.assert_close(network(alone)[0][0], velocity[row])
+        latents = network.encode(alone.features, alone.mask, alone.grid)
+        assert latents.shape == (1, m, 6)
+    z_t = inputs.t[0] * inputs.images[:1] + (1 - inputs.t[0]) * inputs.noise[:1]
+    latents, own = network.encode(inputs.features[:1], None, grid[:1]), places(2, 2)[None]
+    torch.testing.assert_close(network.decode_velocity(z_t, inputs.t[:1], latents, own), velocity[:1])
+
+
+def places(rows: int, columns: int) -> torch.Tensor:
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+
+
+@torch.no_grad()
+def test_a_posterior_is_sampled_by_the_batch_and_its_divergence_comes_third() -> None:
+    network, inputs = codec(variant(bottleneck="kl")), batch()
+    velocity, _, divergence = network(inputs)
+    mean, log_variance = network.compressor.posterior(inputs.features, inputs.mask)
+    each = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1)
+    torch.testing.assert_close(divergence, each.mean((1, 2)))
+    z_t = interpolate(inputs.images, inputs.noise, inputs.t)
+    sample = mean + (log_variance / 2).exp() * inputs.latent_noise
+    decoded = [network.decode_velocity(z_t, inputs.t, latents, inputs.grid, inputs.mask) for latents in (sample, mean)]
+    torch.testing.assert_close(velocity, decoded[0])
+    still, *_ = network(replace(inputs, latent_noise=torch.zeros_like(inputs.latent_noise)))
+    torch.testing.assert_close(still, decoded[1])
+    assert torch.equal(network.encode(inputs.features, inputs.mask), mean)
+
+
+@pytest.mark.parametrize("keys", [{}, {"spatial": "resampler"}, {"bottleneck": "kl"}, {"bottleneck": "tanh"}])
+def test_every_weight_gets_a_gradient(keys: dict[str, str]) -> None:
+    network = codec(variant(**keys))
+    inputs = batch()
+    velocity, *_ = network(replace(inputs, latent_noise=inputs.latent_noise[:, :1]) if "spatial" in keys else inputs)
     velocity.square().sum().backward()
     still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     # The pooled vector is constant zero; a last block's tokens are read by nobody.

@@ -13,10 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from unicom_dist.config.errors import DataError
-from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.config.schema import CodecConfig, Config, StageConfig
 from unicom_dist.data.loader import (
     CodecLoader,
     PriorLoader,
@@ -26,12 +27,14 @@ from unicom_dist.data.loader import (
 )
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import write_npy
-from unicom_dist.data.order import Order
+from unicom_dist.data.order import Order, generator_of
 from unicom_dist.data.shardset import ShardSet, part_name
 from unicom_dist.data.tar import ShardWriter
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import CodecBatch, LatentStats
+from unicom_dist.models.compressor import Compressor
 from unicom_dist.models.segments import PackedBatch
+from unicom_dist.testing.awkward import awkward_pictures, near
 from unicom_dist.testing.shards import FINGERPRINT, write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 
@@ -219,6 +222,46 @@ def test_noise_follows_key_and_visit(config: Config) -> None:
     assert abs(float(firsts.std()) - 1) < 0.02
 
 
+def test_the_noise_of_latents_has_their_layout_and_is_drawn_where_somebody_reads_it(config: Config) -> None:
+    """2 x 2, 1 x 3 and 2 x 3 tokens are 1, 2 and 2 cells. A posterior is sampled in training, not when held out."""
+
+    def batches(codec: CodecConfig) -> list[CodecBatch]:
+        changed = config.model_copy(update={"codec": codec})
+        with CodecLoader(changed, stage(config, "codec", batch=4, micro_batches=1)) as loader:
+            return [batch for _ in range(3) for batch in loader.next_step()]
+
+    codec = config.codec.model_copy(update={"latent_noise_tau": 0.0})
+    quiet = batches(codec)
+    for keys in ({"spatial": "pool"}, {"spatial": "pool", "bottleneck": "kl"}, {"bottleneck": "kl"}):
+        compressor = codec.compressor.model_copy(update=keys)
+        network = Compressor(compressor, 24)
+        changed = codec.model_copy(update={"compressor": compressor})
+        for batch, plain in zip(batches(changed), quiet, strict=True):
+            _, mask = network.layout(batch.grid, batch.mask)
+            assert batch.latent_noise.shape == (*mask.shape, 4)
+            assert batch.latent_noise[mask].any(1).all() == ("bottleneck" in keys)
+            assert not batch.latent_noise[~mask].any()
+            assert not batch.latent_noise_level.any()
+            assert torch.equal(batch.noise, plain.noise)
+            assert batch.keys == plain.keys
+        heldout = next(heldout_codec_batches(config.model_copy(update={"codec": changed}), 0.5, 4))
+        assert not heldout.latent_noise.any()
+
+
+def test_a_posteriors_noise_follows_key_and_visit(config: Config) -> None:
+    compressor = config.codec.compressor.model_copy(update={"bottleneck": "kl"})
+    changed = config.model_copy(update={"codec": config.codec.model_copy(update={"compressor": compressor})})
+    by_ranks = []
+    for ranks in (1, 2):
+        loaders = [CodecLoader(changed, stage(config, "codec", batch=4), rank, ranks) for rank in range(ranks)]
+        by_ranks.append(
+            [codec_content([batch for loader in loaders for batch in loader.next_step()]) for _ in range(3)]
+        )
+        for loader in loaders:
+            loader.close()
+    assert by_ranks[0] == by_ranks[1]
+
+
 def test_latents_are_normalised_by_the_stats(config: Config, vocabulary: Vocabulary) -> None:
     pairs = ShardSet(Path(config.data.path) / "train", {"latent": Path(config.run_dir) / "latents" / "train"})
     stored = {pairs.key(n): np.load(io.BytesIO(pairs[n].parts["latent"]["latent.npy"])) for n in range(len(pairs))}
@@ -293,6 +336,110 @@ def test_a_stage_has_its_own_order(config: Config, vocabulary: Vocabulary) -> No
             two.load_state_dict(one.state_dict())
 
 
+SIZES = [(32, 32), (64, 20), (30, 32), (20, 64), (64, 20), (33, 32)]
+GRIDS = [(2, 2), (1, 3), (2, 2), (3, 1), (1, 3), (2, 2)]
+
+
+@pytest.fixture(scope="module")
+def aspect(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """57 pictures in three shapes."""
+    folder = tmp_path_factory.mktemp("aspect")
+    buckets = {"decoder": {"buckets": "aspect"}, "latent_noise_tau": 0.5}
+    config = tiny_config(folder, codec=buckets, encoder={"crop": "bucket"})
+    write_tiny_sets(config, 57, heldout=12, grids=GRIDS, sizes=SIZES)
+    return config
+
+
+def shape_of(key: str) -> tuple[int, ...]:
+    return {(64, 20): (8, 28), (20, 64): (28, 8)}.get(SIZES[int(key[-4:]) % len(SIZES)], (16, 16))
+
+
+@pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (2, 2), (8, 1), (4, 4)])
+def test_bucketed_steps_do_not_depend_on_ranks_and_pieces(aspect: Config, ranks: int, pieces: int) -> None:
+    whole = CodecLoader(aspect, stage(aspect, "codec", batch=16))
+    cut = [CodecLoader(aspect, stage(aspect, "codec", batch=16, micro_batches=pieces), r, ranks) for r in range(ranks)]
+    shapes = set()
+    for _ in range(12):
+        parts = [loader.next_step() for loader in cut]
+        assert len({len(part) for part in parts}) == 1
+        assert len(parts[0]) == max(pieces, 16 // ranks // 8)
+        batches = [batch for part in parts for batch in part]
+        for batch in batches:
+            assert {shape_of(key) for key in batch.keys} == {tuple(batch.images.shape[-2:])}
+            assert batch.noise.shape == batch.images.shape
+            shapes.add(tuple(batch.images.shape[-2:]))
+        assert codec_content(batches) == codec_content(whole.next_step())
+        assert all(loader.state_dict() == whole.state_dict() for loader in cut)
+    assert len(shapes) == 3
+    for loader in (whole, *cut):
+        loader.close()
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4), (8, 2)])
+def test_a_bucketed_order_goes_on_to_the_bit_with_other_ranks(aspect: Config, before: int, after: int) -> None:
+    one = stage(aspect, "codec", batch=16)
+    with CodecLoader(aspect, one) as whole:
+        first = [CodecLoader(aspect, one, r, before) for r in range(before)]
+        for _ in range(5):
+            whole.next_step()
+            for loader in first:
+                loader.next_step()
+        state = json.loads(json.dumps(first[0].state_dict()))
+        assert sum(len(places) for places in state["waiting"].values()) > 0
+        then = [CodecLoader(aspect, one, r, after) for r in range(after)]
+        for loader in then:
+            loader.load_state_dict(state)
+        for _ in range(6):
+            parts = [batch for loader in then for batch in loader.next_step()]
+            assert codec_content(parts) == codec_content(whole.next_step())
+        for loader in (*first, *then):
+            loader.close()
+
+
+def test_bucketed_epochs_lose_and_repeat_nothing(aspect: Config) -> None:
+    with CodecLoader(aspect, stage(aspect, "codec", batch=16)) as loader:
+        keys = [key for _ in range(30) for batch in loader.next_step() for key in batch.keys]
+    visits = {key: keys.count(key) for key in keys}
+    assert len(visits) == 57
+    mean = len(keys) / 57
+    assert all(mean - 2 < n < mean + 2 for n in visits.values())  # at most one visit waits
+
+
+def test_a_position_in_other_buckets_is_refused(aspect: Config) -> None:
+    with CodecLoader(aspect, aspect.stage("codec")) as loader:
+        state = loader.state_dict()
+        with pytest.raises(DataError, match="buckets"):
+            loader.load_state_dict({**state, "buckets": "other"})
+
+
+def test_held_out_pictures_come_bucket_by_bucket(aspect: Config) -> None:
+    batches = list(heldout_codec_batches(aspect, 0.3, 12))
+    assert sorted(key for batch in batches for key in batch.keys) == [f"heldout-{n:04d}" for n in range(12)]
+    assert [len(batch.keys) for batch in batches] == [2, 6, 4]
+    for batch in batches:
+        assert {shape_of(key) for key in batch.keys} == {tuple(batch.images.shape[-2:])}
+
+
+def test_square_batches_are_what_they_were(config: Config) -> None:
+    pairs = ShardSet(Path(config.data.path) / "train")
+    square = tiny_config(Path(config.data.path).parent)
+    order = Order(23, square.seed, "codec")
+    with CodecLoader(square, stage(square, "codec", batch=4)) as loader:
+        (batch,) = loader.next_step()
+        state = loader.state_dict()
+    assert state == {"stage": "codec", "seed": 0, "samples": 23, "batch": 4, "step": 1}
+    for row in range(4):
+        number, visit = order[row]
+        assert batch.keys[row] == pairs.key(number)
+        picture = Image.open(io.BytesIO(bytes(pairs[number].parts[""]["webp"]))).convert("RGB")
+        pixels = np.asarray(picture.resize((16, 16), Image.Resampling.LANCZOS), np.float32) * np.float32(1 / 127.5) - 1
+        assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), pixels)
+        generator = generator_of(square.seed, "codec", batch.keys[row], visit)
+        assert torch.equal(batch.t[row], torch.rand(1, generator=generator)[0])
+        assert torch.equal(batch.noise[row], torch.randn(3, 16, 16, generator=generator))
+    assert batch.blank is None
+
+
 def test_a_batch_that_does_not_divide_is_refused(config: Config) -> None:
     with pytest.raises(DataError, match="does not divide among 3 ranks"):
         CodecLoader(config, stage(config, "codec", batch=4), 0, 3)
@@ -336,6 +483,12 @@ BAD = [
     ("random", {"features.npy": b"\x93NUMPY"}, "array cannot be read", "both"),
     ("random", {"json": b'{"grid": [9, 9]}'}, "has shape", "both"),
     ("random", {}, "has no 'random' part", "both"),
+    ("random", {"features.npy": write_npy(np.zeros((3, 12), np.float16))}, "has shape [3, 12]", "both"),
+    ("random", {"features.npy": write_npy(np.zeros((4, 5), np.float16))}, "has shape [4, 5]", "both"),
+    ("random", {"features.npy": write_npy(np.zeros((0, 12), np.float16))}, "has shape [0, 12]", "both"),
+    ("random", {"json": b'{"grid": [0, 0]}'}, "has no grid", "both"),
+    ("random", {"features.npy": write_npy(np.full((4, 12), np.nan, np.float16))}, "not finite", "codec alone"),
+    ("random", {"features.npy": write_npy(np.full((4, 12), np.inf, np.float16))}, "not finite", "codec alone"),
     ("latent", {"json": b"{}"}, "has no grid", "prior"),
 ]
 
@@ -353,6 +506,9 @@ def test_malformed_samples_are_skipped_counted_and_named(
         "codec": lambda: CodecLoader(config, stage(config, "codec", batch=8)),
         "prior": lambda: prior(config, vocabulary, batch=4),
     }
+    if kind == "codec alone":  # a prior's run ends there, see below
+        kind = "codec"
+        del steps["prior"]
     for name, make in steps.items():
         caplog.clear()
         with make() as loader:
@@ -365,6 +521,45 @@ def test_malformed_samples_are_skipped_counted_and_named(
             assert bad == 0
             assert "train-0013" in keys
         assert len(set(keys)) >= 19
+
+
+@pytest.mark.parametrize("name", awkward_pictures())
+def test_every_kind_of_picture_is_trained_on_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    config = tiny_config(tmp_path, data={"max_bad_fraction": 0.2})
+    write_tiny_sets(config, 20)
+    picture = awkward_pictures()[name]
+    damage(config, "", "train-0013", {"webp": picture.content})
+    with CodecLoader(config, stage(config, "codec", batch=20)) as loader:
+        (batch,) = loader.next_step()
+    assert batch.images.isfinite().all()
+    assert ("train-0013" in batch.keys) == (not picture.refusal)
+    named = [message for message in caplog.messages if "train-0013" in message and picture.refusal in message]
+    assert bool(named) == bool(picture.refusal)
+    if not picture.refusal and picture.size != (20_000, 10):
+        corner = (batch.images[batch.keys.index("train-0013")] * 127.5 + 127.5).round()
+        middle = corner[:, 8, 8].int().tolist()
+        assert near(middle, picture.colour)
+
+
+def test_a_bad_picture_is_replaced_by_one_of_its_shape(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        codec={"decoder": {"buckets": "aspect"}},
+        encoder={"crop": "bucket"},
+        data={"max_bad_fraction": 0.5},
+    )
+    write_tiny_sets(config, 19, grids=GRIDS, sizes=[*SIZES, (32, 128)])  # two of 1:4
+    bad = [f"train-{n:04d}" for n in (3, 6)]  # one of 20 x 64, one of 32 x 128
+    for key in bad:
+        damage(config, "", key, {"webp": b"\x89PNG"})
+    with CodecLoader(config, stage(config, "codec", batch=8)) as loader:
+        for _ in range(12):
+            for batch in loader.next_step():
+                assert not set(batch.keys) & set(bad)
+                assert batch.images.isfinite().all()
+        assert loader.report()["data/bad_samples"] == 2
 
 
 def test_too_many_malformed_samples_stop_the_run(tmp_path: Path) -> None:

@@ -104,6 +104,23 @@ def test_grids_of_different_shapes_share_a_batch(pipeline):
         assert distance(pipeline.decode(alone, [i + 1], steps=2)[0], pictures[i]) <= 1
 
 
+def test_a_spatial_codec_has_latents_on_a_grid_of_their_own(tmp_path):
+    write_tiny_assets(tmp_path)
+    config = tiny_config(tmp_path, codec={"compressor": {"spatial": "pool"}})
+    vocabulary = Vocabulary.full(config.prior.tokenizer)
+    prior = LoadedPrior(tiny_prior(config, vocabulary), vocabulary, tiny_stats(config))
+    fewer = UniComPipeline(tiny_codec(config), config.encoder, prior)
+    items = [encoded(1, 4, 4), encoded(2, 2, 3), encoded(3, 1, 5)]
+    together = fewer.encode(items)
+    assert [(len(z.values), z.grid) for z in together] == [(4, (2, 2)), (2, (1, 2)), (3, (1, 3))]
+    pictures = fewer.decode(together, [1, 2, 3], steps=2)
+    for i, item in enumerate(items):
+        alone = fewer.encode([item])
+        torch.testing.assert_close(alone[0].values, together[i].values, atol=1e-5, rtol=1e-5)
+        assert distance(fewer.decode(alone, [i + 1], steps=2)[0], pictures[i]) <= 1
+    assert fewer.draw_latents(["a red circle"], steps=1)[0].grid == (2, 2)  # half of the encoder's 4 x 4
+
+
 def test_pictures_and_their_features_reconstruct_alike(pipeline):
     shapes = [draw_shape("circle", COLOURS["red"]), draw_shape("square", COLOURS["blue"])]
     transparent = shapes[1].convert("RGBA")
