@@ -27,7 +27,7 @@ TIMEOUT_S = 900
 
 
 def required_assets(config: Config, root: str | Path = "assets", suite: str = "") -> list[str]:
-    """Names of the assets that `config` and the evaluation `suite` use: those whose configured folder is `root/<name>`."""
+    """Names of the assets that `config` and the evaluation `suite` use, whose configured folder is `root/<name>`."""
     wanted = []
     if config.data.source == "fluent-emoji":
         wanted.append("fluent-emoji")

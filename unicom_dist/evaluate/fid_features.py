@@ -81,6 +81,6 @@ class FidFeatures:
         """[B, 3, H, W] uint8 -> [B, 2048] float32 on the CPU."""
         if pictures.dtype != torch.uint8:
             raise TypeError(f"FID is measured on 8-bit pictures, got {pictures.dtype}")
-        with torch.backends.cudnn.flags(allow_tf32=False):  # type: ignore[no-untyped-call]
+        with torch.backends.cudnn.flags(allow_tf32=False):
             found: Tensor = self._network(self.protocol.prepare(pictures.to(self._device)))
         return found.cpu()

@@ -78,7 +78,8 @@ def _root(covariance: Tensor) -> Tensor:
     """R [C, rank] with R R' = the covariance; directions without variance are left out."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, kept] * values[kept].sqrt()
+    root: Tensor = vectors[:, kept] * values[kept].sqrt()
+    return root
 
 
 def kernel_distance(a: Features, b: Features, seed: int = 0) -> tuple[float, tuple[float, float] | None]:

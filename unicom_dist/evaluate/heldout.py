@@ -57,13 +57,8 @@ def read_pairs(config: Config, name: str, encoder: str) -> list[Pair]:
     pairs = open_set(config, name, expect_fingerprint={kind: encoder})
     found = []
     for number in range(len(pairs)):
-        sample = pairs[number]
         try:
-            pixels = buckets.target(decode_image(image_of(sample), f"{name}/{sample.key}"))
-            picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-            grid = grid_of(sample, kind, "features.npy")
-            read = functools.partial(_features, pairs, number, kind)
-            found.append(Pair(sample.key, captions_of(sample).main, picture, grid, read))
+            found.append(read_pair(pairs, number, kind, buckets))
         except DataError as error:
             log.warning("left out of the evaluation: %s", error.what)
     if not found:
@@ -71,6 +66,16 @@ def read_pairs(config: Config, name: str, encoder: str) -> list[Pair]:
             f"{pairs.folder}: no pair can be read", "there is nothing to measure", "run `unicom data check`"
         )
     return found
+
+
+def read_pair(pairs: ShardSet, number: int, kind: str, buckets: Buckets) -> Pair:
+    """The pair `number` of a set with `kind` features. DataError if it is malformed."""
+    sample = pairs[number]
+    pixels = buckets.target(decode_image(image_of(sample), f"{pairs.folder.name}/{sample.key}"))
+    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    grid = grid_of(sample, kind, "features.npy")
+    read = functools.partial(_features, pairs, number, kind)
+    return Pair(sample.key, captions_of(sample).main, picture, grid, read)
 
 
 def _features(pairs: ShardSet, number: int, kind: str) -> NDArray[np.float32]:

@@ -4,7 +4,6 @@ Each figure stands beside the untrained model and a trivial baseline. Writes `ev
 the run directory: {"suite", "rows", "flow_loss": {stage: {t: loss}}, "captions": [{key, truth, generated}], "seconds"}.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -16,9 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unicom_dist.checkpoint.weights import read_weights_config
-from unicom_dist.config.errors import ConfigError, PreflightError
-from unicom_dist.config.load import load_recipe
+from unicom_dist.config.errors import PreflightError
 from unicom_dist.config.schema import Config
 from unicom_dist.data.pairs import spread
 from unicom_dist.evaluate.generation import Drawn, Gallery, accuracy_rows, draw, resnet_judge, untrained_prior
@@ -26,11 +23,12 @@ from unicom_dist.evaluate.heldout import Pair, heldout_latents, mean_picture, re
 from unicom_dist.evaluate.judge import Embed
 from unicom_dist.evaluate.losses import caption_row, flow_rows
 from unicom_dist.evaluate.reconstruction import Distance, reconstruct, reconstruction_rows, untrained_codec
+from unicom_dist.evaluate.result import recipe_of, write_result
 from unicom_dist.evaluate.rows import Row
 from unicom_dist.objective.perceptual import Lpips
 from unicom_dist.parallel.precision import training_dtype
 from unicom_dist.sample.grid import picture_grid
-from unicom_dist.sample.loading import MODEL_INDEX, LoadedPrior, check_pair, find_parts, load_prior, stage_names
+from unicom_dist.sample.loading import LoadedPrior, check_pair, find_parts, load_prior, stage_names
 from unicom_dist.sample.pipeline import UniComPipeline
 
 log = logging.getLogger(__name__)
@@ -65,7 +63,7 @@ def run(
     """
     began = time.perf_counter()
     folder, target = Path(checkpoint), Path(out or checkpoint)
-    config = _recipe(folder, recipe)
+    config = recipe_of(folder, recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = training_dtype(config.stages[-1].precision, device)
     pipeline = UniComPipeline.from_pretrained(folder, dtype=dtype)
@@ -93,22 +91,9 @@ def run(
             result["captions"] = _captions(pipeline, heldout)
     result["rows"] = [row.as_dict() for row in rows]
     result["seconds"] = round(time.perf_counter() - began, 1)
-    (target / "eval.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_result(target, result)
     log.info("%s and %s written after %.0f s", target / "eval.json", grids, result["seconds"])
     return rows
-
-
-def _recipe(folder: Path, recipe: str | Path) -> Config:
-    """The recipe given, else the run's own. ConfigError for a model folder without one."""
-    if recipe or (folder / "config.yaml").is_file() or not (folder / MODEL_INDEX).is_file():
-        return load_recipe(recipe or folder).config
-    name = read_weights_config(find_parts(folder).codec).get("provenance", {}).get("recipe", "RECIPE")
-    raise ConfigError(
-        f"{folder} is a model folder, it holds no recipe",
-        "the held-out pairs and the judging networks are named by one",
-        f"unicom eval {folder} --recipe recipes/{name}.yaml (once `unicom features run` is done with it)",
-        "docs/evaluation.md",
-    )
 
 
 def _codec(
