@@ -46,7 +46,8 @@ class CodecBatch:
     def to(self, device: torch.device | str) -> "CodecBatch":
         """A copy whose tensors are on `device`; dtypes are kept (the model casts at its border)."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if torch.is_tensor(value)}
+        tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
 
