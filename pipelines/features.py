@@ -5,7 +5,6 @@ beside the encoder. The driver alone writes the ledger and, at the end, the mani
 is left out, counted and named.
 """
 
-import itertools
 import json
 import logging
 import time
@@ -21,11 +20,11 @@ from numpy.typing import NDArray
 
 from pipelines.ledger import Ledger
 from pipelines.parts import (
-    DOCS,
     SETS,
     PartSet,
     ShardResult,
     ShardTask,
+    check_bad,
     check_room,
     part_sets,
     progress_rows,
@@ -147,7 +146,7 @@ def run(config: Config) -> list[Manifest]:
             finally:
                 remove_leftovers(sets)  # the actors are gone; what they had not finished goes, too
         manifests = [write_manifest(part, ledger, fingerprint, producer) for part in sets]
-        _check_bad(config, manifests, total)
+        check_bad(config.data.max_bad_fraction, manifests, total, "ingest the source again")
     for part, manifest in zip(sets, manifests, strict=True):
         state = "written" if any(task in part.tasks for task in todo) else "already there"
         skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
@@ -235,16 +234,3 @@ def _producer(config: Config) -> dict[str, Any]:
         "dtype": config.features.dtype,
         **config.encoder.model_dump(exclude={"batch"}),
     }
-
-
-def _check_bad(config: Config, manifests: list[Manifest], total: int) -> None:
-    skipped = {key: reason for manifest in manifests for key, reason in manifest.skipped.items()}
-    if len(skipped) > config.data.max_bad_fraction * total:
-        some = "; ".join(f"{key}: {reason}" for key, reason in itertools.islice(skipped.items(), 3))
-        raise DataError(
-            f"{len(skipped)} of {total} images could not be encoded, "
-            f"data.max_bad_fraction = {config.data.max_bad_fraction}",
-            some,
-            "ingest the source again, or raise data.max_bad_fraction",
-            DOCS,
-        )

@@ -1,6 +1,6 @@
 """`unicom latents`: compress the features of a run with its trained compressor into latent tars, and their statistics.
 
-Reads the features beside the images and the exported codec below `run_dir/weights`; writes un-normalised latents [n, d]
+Reads the features beside the images and the exported codec below `run_dir/weights`; writes un-normalised latents [m, d]
 in float16 as `run_dir/latents/<set>/name-000000.latent.tar`. Mean and standard deviation of each channel over the
 training set go to `run_dir/latents/stats.json` and into the codec's config.json. Runs on Ray actors as features do; so
 little work that Ray's start would take longer is done in this process.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,8 +25,10 @@ from pipelines.parts import (
     PartSet,
     ShardResult,
     ShardTask,
+    check_bad,
     check_room,
     part_sets,
+    reason_of,
     record,
     remove_leftovers,
     unfinished,
@@ -38,6 +40,9 @@ from unicom_dist.config.errors import CheckpointError, DataError
 from unicom_dist.config.schema import CodecConfig, Config
 from unicom_dist.data.manifest import Manifest, latent_producer
 from unicom_dist.data.npy import read_npy, to_tensor, write_npy
+from unicom_dist.data.pairs import grid_of
+from unicom_dist.data.samples import grid_positions
+from unicom_dist.data.shardset import Sample
 from unicom_dist.data.tar import Shard, ShardWriter, replace_file
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.compressor import Compressor
@@ -45,11 +50,19 @@ from unicom_dist.models.encoders.base import fingerprint as fingerprint_of
 from unicom_dist.tracking.metrics import MetricsWriter, read_metrics
 
 log = logging.getLogger(__name__)
-PART = "latent"
+PART, FEATURES = "latent", "features"
 SETS = ("train", "heldout")  # the prior reads these; augmented views serve the codec
 IMAGES_PER_WORKER = 512  # an actor for fewer costs more than it saves
 STD_FLOOR = 1e-4  # a dead channel must not turn into infinities
 DOCS = "docs/data.md"
+
+
+class Features(NamedTuple):
+    """What the encoder saw of one image."""
+
+    tokens: Tensor  # [n, D] float32
+    grid: tuple[int, int]
+    about: dict[str, Any]  # the .json member
 
 
 class LatentWorker:
@@ -58,6 +71,7 @@ class LatentWorker:
     def __init__(self, codec: Path, batch: int) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._compressor = load_compressor(codec).to(self._device)
+        self._channels = int(_codec_config(codec)["encoder_channels"])
         self._batch = batch
 
     @torch.inference_mode()
@@ -69,17 +83,19 @@ class LatentWorker:
         with ShardWriter(task.target) as writer:
             for start in range(0, len(source), self._batch):
                 numbers = range(start, min(start + self._batch, len(source)))
-                features = [to_tensor(read_npy(source.member(i, "features.npy"), source.keys[i])) for i in numbers]
-                for i, latents in zip(numbers, self._compress(features), strict=True):
+                usable: list[tuple[str, Features]] = []
+                for key, i in ((source.keys[i], i) for i in numbers):
+                    try:
+                        usable.append((key, self._read(key, source[i])))
+                    except DataError as error:
+                        skipped[key] = reason_of(error, key)
+                for (key, item), latents in zip(usable, self._compress([item for _, item in usable]), strict=True):
                     half = latents.to(torch.float16)
                     if not bool(half.isfinite().all()):
-                        skipped[source.keys[i]] = "latents are not finite in float16"
+                        skipped[key] = "latents are not finite in float16"
                         continue
-                    members: dict[str, bytes | memoryview] = {
-                        "latent.npy": write_npy(half.numpy()),
-                        "json": source.member(i, "json"),
-                    }
-                    writer.write(source.keys[i], members)
+                    about = {**item.about, "grid": self._compressor.config.latent_grid(item.grid)}
+                    writer.write(key, {"latent.npy": write_npy(half.numpy()), "json": json.dumps(about).encode()})
                     rows = latents.double()
                     mean = rows.mean(0)
                     moments.append((len(rows), mean, (rows - mean).square().sum(0)))
@@ -88,13 +104,22 @@ class LatentWorker:
         sums = {"count": total, "mean": mean.tolist(), "moment": moment.tolist()}
         return ShardResult(writer.entry, skipped, sums)
 
-    def _compress(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Latents [n, d] float32 of features [n, D], padded to a common length."""
-        lengths = [len(tokens) for tokens in features]
-        padded = torch.nn.utils.rnn.pad_sequence([tokens.float() for tokens in features], batch_first=True)
-        mask = torch.arange(padded.shape[1])[None] < torch.tensor(lengths)[:, None]
-        latents = self._compressor(padded.to(self._device), mask.to(self._device)).float().cpu()
-        return [row[:length] for row, length in zip(latents, lengths, strict=True)]
+    def _read(self, key: str, members: dict[str, memoryview]) -> Features:
+        """The features of one image. DataError: damaged, not finite, not as many tokens or channels as they should."""
+        grid = grid_of(Sample(key, {FEATURES: members}), FEATURES, "features.npy", self._channels)
+        tokens = to_tensor(read_npy(members["features.npy"], key)).float()
+        if not bool(tokens.isfinite().all()):
+            raise DataError(f"{key}: the features hold values that are not finite")
+        return Features(tokens, grid, json.loads(bytes(members["json"])))
+
+    def _compress(self, images: Sequence[Features]) -> list[Tensor]:
+        """Latents [m, d] float32 of each image, all end to end: nothing is padded."""
+        if not images:
+            return []
+        tokens = torch.cat([image.tokens for image in images]).to(self._device)
+        places = torch.cat([grid_positions(*image.grid) for image in images]).to(self._device)
+        latents = self._compressor.packed(tokens, places, [math.prod(image.grid) for image in images]).float().cpu()
+        return list(latents.split([math.prod(self._compressor.config.latent_grid(image.grid)) for image in images]))
 
 
 def merge_moments(parts: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[int, Tensor, Tensor]:
@@ -144,7 +169,7 @@ def build_worker(codec: Path, batch: int) -> LatentWorker:
 def run(config: Config) -> list[Manifest]:
     """Compress what is not compressed yet, write the statistics, and return the manifests.
 
-    CheckpointError: no usable codec. DataError: no features, features of another encoder than the codec's.
+    CheckpointError: no usable codec. DataError: no features, those of another encoder than the codec's, too many bad.
     PreflightError: as for features. The run's metrics say when the recipe's latents stage was worked on and done.
     """
     run_dir = Path(config.run_dir)
@@ -175,6 +200,8 @@ def run(config: Config) -> list[Manifest]:
             finally:
                 remove_leftovers(sets)
         manifests = [write_manifest(part, ledger, fingerprint, producer) for part in sets]
+        images = sum(task.samples for part in sets for task in part.tasks)
+        check_bad(config.data.max_bad_fraction, manifests, images, "run `unicom features run` again")
         stats = _statistics(sets, ledger)
     replace_file(target / "stats.json", (json.dumps(stats.to_json(), indent=1) + "\n").encode())
     if settings.get("stats") != stats.to_json():

@@ -176,6 +176,19 @@ def check_room(sets: Sequence[PartSet], needed: int) -> None:
         )
 
 
+def check_bad(allowed: float, manifests: Sequence[Manifest], total: int, remedy: str) -> None:
+    """DataError if more than the share `allowed` (data.max_bad_fraction) of `total` images was left out."""
+    skipped = {key: reason for manifest in manifests for key, reason in manifest.skipped.items()}
+    if len(skipped) > allowed * total:
+        some = "; ".join(f"{key}: {reason}" for key, reason in itertools.islice(skipped.items(), 3))
+        raise DataError(
+            f"{len(skipped)} of {total} images could not be used, data.max_bad_fraction = {allowed}",
+            some,
+            f"{remedy}, or raise data.max_bad_fraction",
+            DOCS,
+        )
+
+
 def reason_of(error: DataError, key: str) -> str:
     """Why a sample is left out, in a line for the manifest that names it anyway."""
     return ": ".join(filter(None, (error.what.removeprefix(f"{key}: "), error.why)))

@@ -180,7 +180,7 @@ def test_damaged_pictures_are_left_out_and_named(done: Config) -> None:
     assert set(train.skipped) == set(keys[:2])
     assert features.verify(config) == []
     strict = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 0.01})})
-    with pytest.raises(DataError, match="2 of 24 images could not be encoded"):
+    with pytest.raises(DataError, match="2 of 24 images could not be used"):
         features.run(strict)
 
 

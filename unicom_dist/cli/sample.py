@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from unicom_dist.sample.pipeline import UniComPipeline
 
 DOCS = "docs/getting-started.md"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A run directory or a saved model folder.")]
 
 
@@ -25,13 +24,19 @@ def sample(
     checkpoint: Checkpoint,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Describe this image; may be repeated.")] = None,
-    reconstruct: Annotated[str, typer.Option(help="Encode and decode the images of a folder, or `heldout`.")] = "",
+    reconstruct: Annotated[
+        str, typer.Option(help="Encode and decode the images below a folder, in its tars, or of the set `heldout`.")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures [default: CKPT/pictures].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture.", show_default="the recipe's")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.", show_default="the recipe's")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="1 = none.", show_default="the recipe's")] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
-    limit: Annotated[int, typer.Option(min=1, help="Most images reconstructed.")] = 8,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most images reconstructed.", show_default="all of a folder, else 8")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images reconstructed at a time.")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="Ray actors that reconstruct a folder; 1 = no Ray.")] = 1,
     stage: Annotated[str, typer.Option(help="A prior stage other than the last finished one.")] = "",
 ) -> None:
     """Draw the prompts, describe images, reconstruct images; with neither given, what the run's recipe names."""
@@ -47,20 +52,24 @@ def sample(
     settings = _settings(config, seed, steps, guidance)
     folder = out or Path(checkpoint) / "pictures"
     given = [_open(path) for path in image or []]
-    rebuilt = _to_rebuild(reconstruct, config, limit) if reconstruct else None
+    if reconstruct and (reconstruct != "heldout" or config is None):
+        with logged():
+            _reconstruct_folder(checkpoint, reconstruct, out, settings, batch, workers, limit or 0)
+        if not (prompts or image):
+            return
     from unicom_dist.sample.pipeline import UniComPipeline
 
     with logged():
-        pipeline = UniComPipeline.from_pretrained(checkpoint, stage=stage)
+        pipeline = UniComPipeline.from_pretrained(checkpoint, stage=stage, batch=batch)
         if everything and config is not None:
             _draw(pipeline, config.sample.prompts, count, settings, folder)
-            _reconstruct(pipeline, *_held_out(config, limit), settings, folder)
+            _reconstruct(pipeline, *_held_out(config, limit or 8), settings, folder)
             _describe(pipeline, *_held_out(config, 4))
             return
         if prompts:
             _draw(pipeline, prompts, count, settings, folder)
-        if rebuilt:
-            _reconstruct(pipeline, *rebuilt, settings, folder)
+        if reconstruct == "heldout" and config is not None:
+            _reconstruct(pipeline, *_held_out(config, limit or 8), settings, folder)
         if given:
             _describe(pipeline, given, [str(path) for path in image or []])
 
@@ -95,6 +104,7 @@ def _draw(
         guidance=settings.guidance,
         solver=settings.solver,
         decoder_steps=settings.decoder_steps,
+        decoder_guidance=settings.decoder_guidance,
     )
     folder.mkdir(parents=True, exist_ok=True)
     for number, ((prompt, seed), picture) in enumerate(zip(wanted, pictures, strict=True)):
@@ -110,19 +120,14 @@ def _draw(
         say(f"all of them: {folder / 'grid.png'}")
 
 
-def _to_rebuild(source: str, config: "Config | None", limit: int) -> "tuple[list[Image], list[str]]":
-    """The images of a folder, or of the held-out set, and what to call them. DataError if there is none."""
-    if source == "heldout" and config is not None:
-        return _held_out(config, limit)
-    paths = sorted(path for path in Path(source).glob("*") if path.suffix.lower() in SUFFIXES)[:limit]
-    if not paths:
-        raise DataError(
-            f"--reconstruct {source}",
-            "there is no image in this folder" if Path(source).is_dir() else "there is no such folder",
-            f"name a folder of images ({' '.join(SUFFIXES)}), or `heldout` with a run directory",
-            DOCS,
-        )
-    return [_open(path) for path in paths], [path.name for path in paths]
+def _reconstruct_folder(
+    checkpoint: str, source: str, out: Path | None, settings: "SampleConfig", batch: int, workers: int, limit: int
+) -> None:
+    from pipelines import reconstruct as job
+
+    folder = out or Path(checkpoint) / "pictures" / (Path(source).resolve().name.removesuffix(".tar") or "all")
+    chosen = job.Settings(settings.seed, settings.decoder_steps, settings.solver, settings.decoder_guidance)
+    job.run(checkpoint, source, folder, chosen, batch, workers, limit)
 
 
 def _reconstruct(
@@ -135,7 +140,11 @@ def _reconstruct(
     from unicom_dist.sample.grid import picture_grid
 
     rebuilt = pipeline.reconstruct(
-        originals, seeds=settings.seed, decoder_steps=settings.decoder_steps, solver=settings.solver
+        originals,
+        seeds=settings.seed,
+        decoder_steps=settings.decoder_steps,
+        solver=settings.solver,
+        guidance=settings.decoder_guidance,
     )
     pairs = [picture for both in zip(originals, rebuilt, strict=True) for picture in both]
     texts = [text for label in labels for text in (label, "reconstructed")]

@@ -12,13 +12,13 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from unicom_dist.config.errors import DataError
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")  # of the members of a shard
 MAX_PIXELS = 64_000_000
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # Pillow would start other programs for some
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow would start other programs for some
 Pixels = NDArray[np.uint8]
 _ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # EXIF: the orientations that exchange width and height
 
@@ -33,13 +33,20 @@ def open_picture(content: bytes | memoryview, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{name}: {image.width} x {image.height} pixels", f"the limit is {MAX_PIXELS:,}")
+                size = f"{image.width} x {image.height} pixels"
+                raise DataError(f"{name}: {size}", f"the limit is {MAX_PIXELS:,}", "make the image smaller")
             upright = ImageOps.exif_transpose(image)
             return to_srgb(to_eight_bits(upright))
     except DataError:
         raise
+    except UnidentifiedImageError as error:
+        raise _unreadable(name, f"it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # a damaged or hostile file makes Pillow raise nearly anything
-        raise DataError(f"{name}: the image cannot be read", str(error), "replace or remove the image") from error
+        raise _unreadable(name, str(error)) from error
+
+
+def _unreadable(name: str, why: str) -> DataError:
+    return DataError(f"{name}: the image cannot be read", why, "replace or remove the image")
 
 
 def header_size(file: IO[bytes]) -> tuple[int, int]:

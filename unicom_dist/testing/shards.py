@@ -16,7 +16,7 @@ from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import write_npy
 from unicom_dist.data.shardset import part_name
 from unicom_dist.data.tar import ShardWriter
-from unicom_dist.testing.tiny import COLOURS, SHAPES, draw_shape
+from unicom_dist.testing.tiny import COLOURS, SHAPES, SIDE, draw_shape
 
 FINGERPRINT = "tiny-features"
 
@@ -29,16 +29,18 @@ def write_tiny_sets(
     feature_channels: int = 12,
     grids: Sequence[tuple[int, int]] = ((2, 2),),
     shard_samples: int = 10,
+    sizes: Sequence[tuple[int, int]] = ((SIDE, SIDE),),
 ) -> None:
     """Write `train`, `heldout` (and `augmented`, if configured) with features and latents of `config.run_dir`.
 
-    Sample n has the grid `grids[n % len(grids)]`. Latents have the channels of `config.codec.compressor`.
+    Sample n has the grid `grids[n % len(grids)]` and `sizes[n % len(sizes)]` as width and height in pixels. Latents
+    have the channels of `config.codec.compressor`.
     """
     sets = {"train": samples, "heldout": heldout}
     if config.data.augmented_views:
         sets["augmented"] = samples * config.data.augmented_views
     for name, count in sets.items():
-        write_set(config, name, count, feature_channels, grids, shard_samples)
+        write_set(config, name, count, feature_channels, grids, shard_samples, sizes)
 
 
 def write_set(
@@ -48,6 +50,7 @@ def write_set(
     feature_channels: int,
     grids: Sequence[tuple[int, int]],
     shard_samples: int,
+    sizes: Sequence[tuple[int, int]] = ((SIDE, SIDE),),
 ) -> None:
     """One set, shard by shard: images and captions, features beside them, latents below the run directory."""
     kind = config.encoder.kind
@@ -63,7 +66,7 @@ def write_set(
             grid = json.dumps({"grid": [rows, columns]}).encode()
             features = generator.standard_normal((rows * columns, feature_channels)).astype(np.float16)
             latents = generator.standard_normal((rows * columns, config.codec.compressor.channels)).astype(np.float16)
-            writers[""].write(key, _picture(number))
+            writers[""].write(key, _picture(number, sizes[number % len(sizes)]))
             writers[kind].write(key, {"features.npy": write_npy(features), "json": grid})
             writers["latent"].write(key, {"latent.npy": write_npy(latents), "json": grid})
         for part, writer in writers.items():
@@ -72,9 +75,9 @@ def write_set(
         manifest.write(folders[part])
 
 
-def _picture(number: int) -> dict[str, bytes]:
+def _picture(number: int, size: tuple[int, int]) -> dict[str, bytes]:
     colour, shape = list(COLOURS)[number % len(COLOURS)], SHAPES[number // len(COLOURS) % len(SHAPES)]
     buffer = io.BytesIO()
-    draw_shape(shape, COLOURS[colour], number).save(buffer, "WEBP", lossless=True)
+    draw_shape(shape, COLOURS[colour], number).resize(size).save(buffer, "WEBP", lossless=True)
     texts = {"caption": f"a {colour} {shape}", "captions": [colour, shape], "source": "tiny", "view": 0}
     return {"webp": buffer.getvalue(), "json": json.dumps(texts).encode()}
