@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
-from unicom_dist.data.samples import Content, collate, grid_positions
+from unicom_dist.data.samples import Arrays, Content, collate, grid_positions
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.attention import AttentionPlan
 from unicom_dist.models.encoders import EncodedImage
@@ -69,7 +69,7 @@ def test_velocity_equals_the_training_forward(pipeline):
     # The sampler's cached prefix must see exactly what training put before the image.
     prior, layout = pipeline.prior.model, pipeline.layouts.text_to_image("a red circle", (2, 3))
     z, noise = torch.randn(6, prior.latent_channels), torch.randn(6, prior.latent_channels)
-    content = Content("k", layout, z, noise, 0.4)
+    content = Content("k", layout, [Arrays(z, noise, 0.4)])
     with torch.no_grad():
         _, expected = prior(collate([content], prior.latent_channels, prior.feature_channels))
     prefix = prior.encode_prefix(collate([Content("", before_image(layout))], prior.latent_channels, CHANNELS))
@@ -143,7 +143,7 @@ def test_greedy_caption_follows_the_training_layout(pipeline):
     prior, vocabulary = pipeline.prior.model, pipeline.prior.vocabulary
     item = encoded(4, 2, 2)
     layout = pipeline.layouts.image_to_text("a red circle", item.grid)
-    batch = collate([Content("", layout, torch.from_numpy(item.features))], prior.latent_channels, CHANNELS)
+    batch = collate([Content("", layout, [Arrays(torch.from_numpy(item.features))])], prior.latent_channels, CHANNELS)
     with torch.no_grad():
         hidden = prior.hidden(batch, AttentionPlan.build(batch.segments, prior.dtype))
         logits = prior.backbone.lm_head.logits(hidden[batch.label_index])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicom_dist.data.samples import INSTRUCTION, Content, Layout, Layouts, collate
+from unicom_dist.data.samples import INSTRUCTION, Arrays, Content, Layout, Layouts, collate
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.testing.tiny import write_tokenizer
@@ -27,7 +27,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
 def spelled(layouts: Layouts, layout: Layout) -> str:
     """The sample as text, with control tokens written out and one `#` per image position."""
     names = {row: token for token, row in layouts.vocabulary.control.items()}
-    parts = dict.fromkeys(layout.image_index.tolist(), "#")
+    parts = dict.fromkeys(image_index(layout).tolist(), "#")
     for at, row in zip(layout.token_index.tolist(), layout.tokens.tolist(), strict=True):
         parts[at] = names.get(row) or layouts.vocabulary.decode([row])
     return "".join(parts[at] for at in range(layout.length))
@@ -83,18 +83,22 @@ def test_a_label_is_the_token_after_its_position(layouts: Layouts, grid: tuple[i
         assert index in at  # text predicts text, images predict nothing
         assert at[index + 1] == label
     assert sum(length for _, length in layout.segments) == layout.length
-    assert sorted([*layout.token_index, *layout.image_index]) == list(range(layout.length))
+    assert sorted([*layout.token_index, *image_index(layout)]) == list(range(layout.length))
 
 
 @given(GRIDS)
 @settings(max_examples=20, deadline=None)
 def test_an_image_takes_one_rotary_position(layouts: Layouts, grid: tuple[int, int]) -> None:
     for layout in (layouts.text_to_image("a red", grid), layouts.image_to_text("a red", grid)):
-        assert len(set(layout.rope[layout.image_index])) == 1
+        assert len(set(layout.rope[image_index(layout)])) == 1
         steps = np.diff(layout.rope)
         assert layout.rope[0] == 0
         assert set(steps) <= {0, 1}
         assert int((steps == 0).sum()) == grid[0] * grid[1] - 1
+
+
+def image_index(layout: Layout) -> np.ndarray:
+    return np.concatenate([np.arange(0), *(np.arange(p.start, p.start + p.size) for p in layout.images)])
 
 
 def contents(layouts: Layouts, chosen: list[tuple[str, tuple[int, int]]]) -> list[Content]:
@@ -105,10 +109,12 @@ def contents(layouts: Layouts, chosen: list[tuple[str, tuple[int, int]]]) -> lis
             made.append(Content(f"k{number}", layouts.text("a red circle", 50)))
         elif task == "text_to_image":
             layout, image = layouts.text_to_image("a red", grid), torch.full((size, D), float(number))
-            made.append(Content(f"k{number}", layout, image, -image, t=number / 100))
+            made.append(Content(f"k{number}", layout, [Arrays(image, -image, number / 100)]))
         else:
             made.append(
-                Content(f"k{number}", layouts.image_to_text("a red", grid), torch.full((size, F), float(number)))
+                Content(
+                    f"k{number}", layouts.image_to_text("a red", grid), [Arrays(torch.full((size, F), float(number)))]
+                )
             )
     return made
 

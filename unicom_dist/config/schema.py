@@ -49,6 +49,9 @@ class DataConfig(Section):
     augmented_views: int = Field(0, ge=0, description="further views per training image (background, scale, shift, flip)")
     shard_samples: PositiveInt = Field(512, description="samples per tar")
     languages: list[str] = Field(["en"], description="CLDR languages the captions are taken from")
+    conversations: dict[str, Literal["image_text_to_image", "interleaved"]] = Field(
+        default_factory=dict, description="further sets under `path` whose samples are conversations or documents, and the task they are of"
+    )
     limit: int = Field(0, ge=0, description="use only the first N images of the source; 0 = all")
     max_bad_fraction: Fraction = Field(0.01, description="stop when more than this share of the samples is malformed")
 
@@ -96,10 +99,13 @@ class CompressorConfig(Section):
     mlp_ratio: NonNegative = Field(2.0, description="hidden width of the gated MLP over the output width; 0 = no MLP")
     spatial: Literal["none", "pool", "resampler"] = Field("none", description="2 x 2 tokens become one: their mean (pool), or what a learned query reads of them")
     bottleneck: Literal["none", "tanh", "kl"] = Field("none", description="tanh: latents within -1 and 1; kl: a Gaussian posterior, sampled in training, its mean elsewhere")
+    start: Literal["random", "linear"] = Field("random", description="where a first codec stage starts; linear: its linear path at the best linear guess of the pictures, computed in seconds")
     kl_weight: NonNegative = Field(1e-4, description="bottleneck kl: weight of the posterior's divergence from N(0, 1), nats per latent channel")
 
     @model_validator(mode="after")
     def _identity(self) -> Self:
+        if self.start == "linear" and self.kind != "attention":
+            raise Unworkable(f"start = linear with kind = {self.kind}", "only the attention block has a linear path", "use kind: attention, or start: random")
         if self.kind == "identity" and self.bottleneck != "none":
             raise Unworkable(
                 f"bottleneck = {self.bottleneck} with kind = identity",
@@ -219,7 +225,8 @@ class PriorConfig(Section):
     max_grid: PositiveInt = Field(64, description="latent rows and columns covered by the 2-D position table")
     timestep: Literal["uniform", "logit-normal"] = Field("uniform", description="how t is drawn in training")
     timestep_shift: float = Field(1.0, gt=0, description="as codec.timestep_shift")
-    condition_dropout: Fraction = Field(0.1, description="share of text-to-image samples trained without their caption")
+    condition_dropout: Fraction = Field(0.1, description="share of the samples with an image to draw that are trained without the user's words")
+    reference_dropout: Fraction = Field(0.1, description="share of the edits trained without the images the user shows")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
 
     @model_validator(mode="after")
@@ -280,10 +287,12 @@ class Mixture(Section):
     text: NonNegative = Field(0.0, description="captions alone")
     text_to_image: NonNegative = Field(0.0, description="draw the image of a caption")
     image_to_text: NonNegative = Field(0.0, description="describe an image")
+    image_text_to_image: NonNegative = Field(0.0, description="draw after images and words: edits")
+    interleaved: NonNegative = Field(0.0, description="documents and conversations of text and images in any order")
 
     @model_validator(mode="after")
     def _some(self) -> Self:
-        if self.text + self.text_to_image + self.image_to_text <= 0:
+        if sum(self.model_dump().values()) <= 0:
             raise Unworkable("all weights are 0", "there is nothing to draw from", "give at least one task a positive weight")
         return self
 
@@ -426,6 +435,14 @@ class Config(Section):
         for stage in self.stages:
             replicas = self.layout(stage, self.parallel.nproc).dp
             share = replicas * stage.micro_batches
+            named = set(self.data.conversations.values())
+            for task in ("image_text_to_image", "interleaved"):
+                if stage.kind == "prior" and getattr(stage.mixture, task) and task not in named:
+                    raise Unworkable(
+                        f"stages.{stage.name}.mixture.{task} = {getattr(stage.mixture, task):g}",
+                        "no set of data.conversations is of that task, so there is nothing to draw",
+                        f"data.conversations: {{SET: {task}}}, or {task}: 0",
+                    )
             if stage.kind != "latents" and stage.batch % share:
                 raise Unworkable(
                     f"stages.{stage.name}.batch = {stage.batch}",

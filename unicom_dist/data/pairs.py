@@ -56,7 +56,7 @@ def build_vocabulary(config: Config) -> Vocabulary:
 
 def captions_of(sample: Sample) -> Captions:
     """The texts of a pair. DataError: no or damaged `.json`, empty caption."""
-    content = _json(sample.parts[""], sample.key)
+    content = json_of(sample.parts[""], sample.key)
     main = content.get("caption")
     if not isinstance(main, str) or not main.strip():
         raise DataError(f"sample {sample.key!r} has no caption", "an image without text teaches nothing")
@@ -74,7 +74,7 @@ def document(captions: Captions) -> str:
 def grid_of(sample: Sample, part: str, extension: str, channels: int = 0) -> tuple[int, int]:
     """(rows, columns) of the array of `part`. DataError: damaged, or its shape is not [rows x columns, channels]."""
     shape = read_npy(sample.parts[part][extension], sample.key).shape if extension in sample.parts[part] else ()
-    grid = _json(sample.parts[part], sample.key).get("grid")
+    grid = json_of(sample.parts[part], sample.key).get("grid")
     if not isinstance(grid, Sequence) or len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
         raise DataError(f"sample {sample.key!r}: the {part!r} part has no grid", f"`grid` is {grid!r}")
     rows, columns = grid
@@ -104,7 +104,8 @@ def image_of(sample: Sample) -> memoryview:
     raise DataError(f"sample {sample.key!r} has no image", f"looked for {', '.join(IMAGE_EXTENSIONS)}")
 
 
-def _json(members: Mapping[str, memoryview], key: str) -> dict[str, Any]:
+def json_of(members: Mapping[str, memoryview], key: str) -> dict[str, Any]:
+    """The content of a `.json` member. DataError: none, damaged, or not an object."""
     try:
         content = json.loads(bytes(members["json"]))
     except KeyError:

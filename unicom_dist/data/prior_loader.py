@@ -1,6 +1,6 @@
-"""Packed batches for the prior: text, text-to-image and image-to-text samples in the mixture of the stage.
+"""Packed batches for the prior: samples of every kind in the mixture of the stage.
 
-Every rank plans the whole step (tasks, captions, lengths, packing) and reads latents and features of its own rows only,
+Every rank plans the whole step (tasks, texts, lengths, packing) and reads latents and features of its own rows only,
 so neither order nor packing depends on the number of ranks or micro-batches. A malformed sample is skipped, counted and
 named, and the next of its task takes its place. The state holds the draws per task and the samples in unfinished rows;
 it does not grow with what was consumed.
@@ -8,20 +8,22 @@ it does not grow with what was consumed.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.data.conversations import Conversation
+from unicom_dist.data.images import Found, Images
+from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.mixture import MixtureSchedule
-from unicom_dist.data.npy import gather
 from unicom_dist.data.order import Order, generator_of, key_of
 from unicom_dist.data.packing import Packer
-from unicom_dist.data.pairs import captions_of, document, feature_channels, grid_of, open_set, spread
+from unicom_dist.data.pairs import captions_of, document, json_of, open_set, spread
 from unicom_dist.data.prefetch import BadSamples, Share, State, StepLoader
-from unicom_dist.data.samples import Content, Layout, Layouts, Task, collate
+from unicom_dist.data.samples import TASKS, Arrays, Content, Layout, Layouts, Task, collate
 from unicom_dist.data.shardset import ShardSet
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import LatentStats
@@ -30,6 +32,7 @@ from unicom_dist.models.segments import PackedBatch
 
 # Share of the text-to-image samples prompted with one of the further captions (keywords) instead of the caption.
 FURTHER_CAPTIONS = 0.2
+PAIR_TASKS: tuple[Task, ...] = ("text", "text_to_image", "image_to_text")  # made of an image and its captions
 _ROWS_AT_ONCE = 1 << 24
 
 
@@ -39,9 +42,10 @@ class Planned:
 
     task: Task
     ordinal: int  # draw number within the task
-    number: int
+    key: str
     visit: int
     layout: Layout
+    images: tuple[Found, ...]  # by number
 
     @property
     def length(self) -> int:
@@ -50,38 +54,36 @@ class Planned:
 
 
 class _Reader:
-    """Plans and reads the samples of one set. `joint`: with the features of which the model makes the latents."""
+    """Plans and reads samples. `joint`: with the features of which the model makes the latents."""
 
     def __init__(
         self,
         config: Config,
-        pairs: ShardSet,
+        images: Images,
         stage: str,
         vocabulary: Vocabulary,
         stats: LatentStats,
         limit: int,
         joint: bool,
     ) -> None:
-        self.pairs, self.limit = pairs, limit
-        self._config, self._stage, self._stats = config, stage, stats
+        self.images, self.limit = images, limit
+        self._config, self._stage, self._stats, self._joint = config, stage, stats, joint
         self._layouts = Layouts(vocabulary)
-        self._part = config.encoder.kind
         self._latent_channels = stats.mean.shape[0]
-        self._feature_channels = feature_channels(pairs, self._part)
-        self._joint = joint
+        # What is read of an image to be read, and of one to be drawn or referred to.
+        self._read = (config.encoder.kind, "features.npy", images.feature_channels)
+        self._made = self._read if joint else ("latent", "latent.npy", self._latent_channels)
 
-    def plan(self, task: Task, ordinal: int, number: int, visit: int, *, training: bool = True) -> Planned:
-        """Decide on caption and layout. DataError: malformed, or longer than a row (text is cut instead)."""
-        sample = self.pairs[number]
+    def plan_pair(self, task: Task, ordinal: int, number: int, visit: int, *, training: bool = True) -> Planned:
+        """Decide on caption and layout of a pair. DataError: malformed, or longer than a row (text is cut instead)."""
+        found = Found(0, number)
+        sample = self.images.sample(found)
         captions = captions_of(sample)
         if task == "text":
-            layout = self._layouts.text(document(captions), self.limit)
-        elif task == "image_to_text":
-            grid = grid_of(sample, self._part, "features.npy", self._feature_channels)
-            layout = self._layouts.image_to_text(captions.main, grid)
+            return Planned(task, ordinal, sample.key, visit, self._layouts.text(document(captions), self.limit), ())
+        if task == "image_to_text":
+            layout = self._layouts.image_to_text(captions.main, self.images.grid(found, *self._read))
         else:
-            part, extension, channels = self._drawn()
-            grid = grid_of(sample, part, extension, channels)
             prompt = captions.main
             if training:
                 chance = key_of(self._config.seed, self._stage, sample.key, visit, "caption")
@@ -90,56 +92,80 @@ class _Reader:
                     prompt = ""
                 elif captions.further and further < FURTHER_CAPTIONS:
                     prompt = captions.further[which % len(captions.further)]
-            layout = self._layouts.text_to_image(prompt, grid)
-        if layout.length > self.limit:
-            what = f"sample {sample.key!r} takes {layout.length} positions as {task}"
+            layout = self._layouts.text_to_image(prompt, self.images.grid(found, *self._made))
+        return self._fitting(Planned(task, ordinal, sample.key, visit, layout, (found,)))
+
+    def plan_conversation(
+        self, task: Task, ordinal: int, pairs: ShardSet, number: int, visit: int, *, training: bool = True
+    ) -> Planned:
+        """Decide on the layout of a conversation; what does not fit into a row loses its last exchanges.
+
+        DataError: malformed, an image that no set has, one exchange longer than a row.
+        """
+        sample = pairs[number]
+        conversation = Conversation.parse(json_of(sample.parts[""], sample.key), sample.key)
+        if training:
+            chance = key_of(self._config.seed, self._stage, sample.key, visit, "condition")
+            text, images = (chance & 0xFFFFF) / 2**20, (chance >> 20 & 0xFFFFF) / 2**20
+            prior = self._config.prior
+            conversation = conversation.without(
+                text=text < prior.condition_dropout, images=images < prior.reference_dropout
+            )
+
+        def grid(key: str, read: bool) -> tuple[int, int]:
+            return self.images.grid(self.images.find(key, sample.key), *(self._read if read else self._made))
+
+        while True:
+            layout, keys = conversation.layout(self._layouts, task, grid)
+            planned = Planned(
+                task, ordinal, sample.key, visit, layout, tuple(self.images.find(key, sample.key) for key in keys)
+            )
+            shorter = conversation.shorter() if layout.length > self.limit else None
+            if shorter is None:
+                return self._fitting(planned)
+            conversation = shorter
+
+    def _fitting(self, planned: Planned) -> Planned:
+        if planned.length > self.limit:
+            what = f"sample {planned.key!r} takes {planned.length} positions as {planned.task}"
             raise DataError(what, f"a row has {self.limit}", "raise row_positions of the stage")
-        return Planned(task, ordinal, number, visit, layout)
+        return planned
 
     def read(self, rows: Sequence[Planned], fixed_t: float | None = None) -> PackedBatch:
         """The arrays, noise and times of planned samples, end to end. DataError on values that are not finite."""
-        contents = [Content(self.pairs.key(planned.number), planned.layout) for planned in rows]
-        seen = [n for n, planned in enumerate(rows) if planned.task == "image_to_text"]
-        for n, features in zip(seen, self._arrays(rows, seen, self._part, "features.npy"), strict=True):
-            contents[n].image = features
-        drawn = [n for n, planned in enumerate(rows) if planned.task == "text_to_image"]
-        part, extension, _ = self._drawn()
-        for n, array in zip(drawn, self._arrays(rows, drawn, part, extension), strict=True):
-            content = contents[n]
-            generator = generator_of(self._config.seed, self._stage, content.key, rows[n].visit)
-            t = sample_t(self._config.prior, 1, generator)
-            content.t = float(t[0]) if fixed_t is None else fixed_t
-            content.noise = torch.empty(array.shape[0], self._latent_channels).normal_(generator=generator)
-            if self._joint:
-                content.target = array
-            else:
-                content.image = self._stats.normalise(array.float())
-        return collate(contents, self._latent_channels, self._feature_channels)
+        contents = [Content(row.key, row.layout, [Arrays() for _ in row.layout.images]) for row in rows]
+        for uses, (part, extension, _) in ((("read",), self._read), (("reference", "draw"), self._made)):
+            wanted = [
+                (image, row.images[place.image], place.size)
+                for row, content in zip(rows, contents, strict=True)
+                for place, image in zip(row.layout.images, content.images, strict=True)
+                if place.use in uses
+            ]
+            arrays = self.images.arrays([(found, size) for _, found, size in wanted], part, extension)
+            for (image, _, _), array in zip(wanted, arrays, strict=True):
+                self._fill(image, array, made="draw" in uses)
+        for row, content in zip(rows, contents, strict=True):
+            drawn = [
+                image for place, image in zip(row.layout.images, content.images, strict=True) if place.use == "draw"
+            ]
+            if not drawn:
+                continue
+            generator = generator_of(self._config.seed, self._stage, row.key, row.visit)
+            for image in drawn:
+                t = sample_t(self._config.prior, 1, generator)
+                image.t = float(t[0]) if fixed_t is None else fixed_t
+                array = image.values if image.target is None else image.target
+                assert array is not None
+                image.noise = torch.empty(array.shape[0], self._latent_channels).normal_(generator=generator)
+        return collate(contents, self._latent_channels, self.images.feature_channels)
 
-    def _drawn(self) -> tuple[str, str, int]:
-        """(part, extension, channels) of what is read of an image to be drawn."""
-        if self._joint:
-            return self._part, "features.npy", self._feature_channels
-        return "latent", "latent.npy", self._latent_channels
-
-    def _arrays(self, rows: Sequence[Planned], which: list[int], part: str, extension: str) -> Sequence[Tensor]:
-        """The stored array of each of the samples `which`, [n, C]: views of one tensor that is filled in one copy."""
-        if not which:
-            return []
-        (contents,) = self.pairs.columns([rows[n].number for n in which], extension, part=part)
-        arrays = gather(contents, lambda n: self.pairs.key(rows[which[n]].number))
-        split = torch.split(arrays, [len(rows[n].layout.image_index) for n in which])
-        if not arrays.isfinite().all():
-            key = next(
-                self.pairs.key(rows[n].number) for n, a in zip(which, split, strict=True) if not a.isfinite().all()
-            )
-            raise DataError(
-                f"sample {key!r}: the {part!r} part holds values that are not finite",
-                "one of them would end the run with a loss that is not a number",
-                "run `unicom data check`, then compute the damaged shard again",
-                "docs/data.md",
-            )
-        return split
+    def _fill(self, image: Arrays, array: Tensor, made: bool) -> None:
+        if not made:
+            image.values = array
+        elif self._joint:
+            image.target = array
+        else:
+            image.values = self._stats.normalise(array.float())
 
 
 class PriorLoader(StepLoader[PackedBatch]):
@@ -161,22 +187,35 @@ class PriorLoader(StepLoader[PackedBatch]):
         expect_fingerprint: Mapping[str, str] | None = None,
         prefetch: int = 2,
     ) -> None:
-        weights = {task: getattr(stage.mixture, task) for task in get_args(Task)}
-        self._mixture = MixtureSchedule(weights)
+        self._mixture = MixtureSchedule({task: getattr(stage.mixture, task) for task in TASKS})
+        tasks = [task for task in TASKS if task in self._mixture.shares]
         joint = stage.joint.enabled
-        latents = "text_to_image" in self._mixture.shares and not joint
+        latents = not joint and any(task not in ("text", "image_to_text") for task in tasks)
         pairs = open_set(config, "train", latents=latents, expect_fingerprint=expect_fingerprint)
-        self._reader = _Reader(config, pairs, stage.name, vocabulary, stats, stage.row_positions, joint)
-        self._orders = {task: Order(len(pairs), config.seed, stage.name, task) for task in self._mixture.shares}
-        self._ordinals = dict.fromkeys(self._mixture.shares, 0)
+        self._sources: dict[Task, list[ShardSet]] = {task: [pairs] for task in tasks}
+        further = {
+            name: open_conversations(config, name, latents=latents, expect_fingerprint=expect_fingerprint)
+            for name, task in config.data.conversations.items()
+        }
+        for task in tasks:
+            if task not in PAIR_TASKS:
+                self._sources[task] = [
+                    further[name] for name, kind in config.data.conversations.items() if kind == task
+                ]
+        shown = [pairs, *(other for other in further.values() if other.parts)]
+        images = Images(shown, config.encoder.kind)
+        self._reader = _Reader(config, images, stage.name, vocabulary, stats, stage.row_positions, joint)
+        sizes = {task: sum(map(len, sources)) for task, sources in self._sources.items()}
+        self._orders = {task: Order(sizes[task], config.seed, stage.name, task) for task in tasks}
+        self._ordinals: dict[Task, int] = dict.fromkeys(tasks, 0)
         self._packer: Packer[Planned] = Packer(stage.row_positions)
-        self._bad = BadSamples(len(pairs), config.data.max_bad_fraction)
+        self._bad = BadSamples(max(sizes.values()), config.data.max_bad_fraction)
         self._share = Share(stage.batch, dp_rank, dp_size, stage.micro_batches)
         self._step, self._row_count, self._filled = 0, 0, 0
         identity = {
             "stage": stage.name,
             "seed": config.seed,
-            "samples": len(pairs),
+            "samples": sizes,
             "mixture": self._mixture.shares,
             "row_positions": stage.row_positions,
         }
@@ -198,11 +237,11 @@ class PriorLoader(StepLoader[PackedBatch]):
 
     def _next_row(self) -> list[Planned]:
         while True:
-            row = self._packer.add(self._next_sample(self._mixture.draw()))
+            row = self._packer.add(self._next_sample(task_named(self._mixture.draw())))
             if row is not None:
                 return row
 
-    def _next_sample(self, task: str) -> Planned:
+    def _next_sample(self, task: Task) -> Planned:
         while True:
             ordinal = self._ordinals[task]
             self._ordinals[task] += 1
@@ -211,11 +250,23 @@ class PriorLoader(StepLoader[PackedBatch]):
                 self._bad.accept()
                 return planned
             except DataError as error:
-                self._bad.report(f"{self._reader.pairs.key(self._orders[task][ordinal][0])} ({task})", error)
+                pairs, number = self._source(task, self._orders[task][ordinal][0])
+                self._bad.report(f"{pairs.key(number)} ({task})", error)
 
-    def _plan(self, task: str, ordinal: int) -> Planned:
-        number, visit = self._orders[task][ordinal]
-        return self._reader.plan(next(t for t in get_args(Task) if t == task), ordinal, number, visit)
+    def _plan(self, task: Task, ordinal: int) -> Planned:
+        place, visit = self._orders[task][ordinal]
+        pairs, number = self._source(task, place)
+        if task in PAIR_TASKS:
+            return self._reader.plan_pair(task, ordinal, number, visit)
+        return self._reader.plan_conversation(task, ordinal, pairs, number, visit)
+
+    def _source(self, task: Task, place: int) -> tuple[ShardSet, int]:
+        """The set that holds sample `place` of a task, and the number of the sample there."""
+        for pairs in self._sources[task]:
+            if place < len(pairs):
+                return pairs, place
+            place -= len(pairs)
+        raise IndexError(place)
 
     def _snapshot(self) -> State:
         return {
@@ -228,8 +279,23 @@ class PriorLoader(StepLoader[PackedBatch]):
     def _restore(self, state: State) -> None:
         self._step = int(state["step"])
         self._mixture.counts = {task: int(n) for task, n in state["counts"].items()}
-        self._ordinals = {task: int(n) for task, n in state["ordinals"].items()}
-        self._packer.restore([[self._plan(task, int(n)) for task, n in row] for row in state["open_rows"]])
+        self._ordinals = {task_named(task): int(n) for task, n in state["ordinals"].items()}
+        self._packer.restore([[self._plan(task_named(task), int(n)) for task, n in row] for row in state["open_rows"]])
+
+
+def task_named(name: str) -> Task:
+    """The task called `name`."""
+    return next(task for task in TASKS if task == name)
+
+
+def open_conversations(
+    config: Config, name: str, *, latents: bool, expect_fingerprint: Mapping[str, str] | None
+) -> ShardSet:
+    """A set of conversations, with the features (and latents) of its own images if it has any."""
+    folder = Path(config.data.path) / name
+    if not Manifest.file(folder, config.encoder.kind).exists():
+        return ShardSet(folder)
+    return open_set(config, name, latents=latents, expect_fingerprint=expect_fingerprint)
 
 
 def heldout_prior_batches(
@@ -247,8 +313,11 @@ def heldout_prior_batches(
     `joint`: with features instead of latents.
     """
     pairs = open_set(config, "heldout", latents="text_to_image" in tasks and not joint)
-    reader = _Reader(config, pairs, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
+    images = Images([pairs], config.encoder.kind)
+    reader = _Reader(config, images, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
     numbers = spread(limit, len(pairs))
     for first in range(0, len(numbers), batch):
         chosen = numbers[first : first + batch]
-        yield reader.read([reader.plan(task, n, n, 0, training=False) for n in chosen for task in tasks], fixed_t=t)
+        yield reader.read(
+            [reader.plan_pair(task, n, n, 0, training=False) for n in chosen for task in tasks], fixed_t=t
+        )

@@ -7,12 +7,19 @@ text_to_image   <|im_start|>user ⏎ caption <|im_end|> ⏎ <|im_start|>assistan
                                                                       an image; a dropped caption is left out
 image_to_text   <|im_start|>user ⏎ <|vision_start|> | features | <|vision_end|> instruction <|im_end|> ⏎
                 <|im_start|>assistant ⏎ caption <|im_end|>            labels: caption and <|im_end|>
-Shapes: S positions, T tokens, Y labels, N latents, M features.
+conversations   turns of both roles, each closed by <|im_end|> ⏎; text and images in any order. Labels: what the
+                assistant says, the <|vision_start|> of what it draws and the <|im_end|> of its turns.
+documents       text and images in any order, without turns, closed by <|endoftext|>: everything is a label but the
+                first token and what stands inside images.
+An image is read (encoder features), a reference (clean latents, for drawing after it), or drawn (latents being
+denoised). Nobody but itself sees an image being denoised, so a drawn image that something follows is followed by its
+clean latents, at the same rotary position: what a sampler's cache holds once the image is there.
+Shapes: S positions, T tokens, Y labels, N latents, F of them denoised, M features.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,11 +31,50 @@ from torch import Tensor
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.segments import Mode, PackedBatch, Segment
 
-Task = Literal["text", "text_to_image", "image_to_text"]
-TASKS: tuple[Task, ...] = ("text", "text_to_image", "image_to_text")
+Task = Literal["text", "text_to_image", "image_to_text", "image_text_to_image", "interleaved"]
+TASKS: tuple[Task, ...] = ("text", "text_to_image", "image_to_text", "image_text_to_image", "interleaved")
 INSTRUCTION = "Describe the image."
-TEMPLATE_TEXTS = ("user", "assistant", "\n", INSTRUCTION)
+THINK, END_THINK = "<think>\n", "\n</think>\n"  # plain text, as in Qwen's reasoning models
+TEMPLATE_TEXTS = ("user", "assistant", "system", "\n", INSTRUCTION, THINK, END_THINK)
 Ints = NDArray[np.int64]
+Use = Literal["read", "reference", "draw"]
+Role = Literal["system", "user", "assistant"]
+MODES: dict[Use, Mode] = {"read": "full", "reference": "full", "draw": "noise"}
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Tokens. `learned`: each is to be predicted from what stands before it."""
+
+    tokens: tuple[int, ...]
+    learned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image of rows x columns positions: number `image` of the sample's images, in one or two of its forms.
+
+    Several forms lie one after the other at one rotary position. A `read` before a `reference` is one segment.
+    """
+
+    grid: tuple[int, int]
+    uses: tuple[Use, ...]
+    image: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One form of an image in a layout: its rows x columns positions begin at `start`."""
+
+    use: Use
+    start: int
+    grid: tuple[int, int]
+    image: int = 0
+
+    @property
+    def size(self) -> int:
+        """Positions."""
+        return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,8 +88,7 @@ class Layout:
     label_index: Ints  # [Y]
     label_ids: Ints  # [Y]
     rope: Ints  # [S]
-    image_index: Ints  # [N] of text_to_image, [M] of image_to_text, else empty
-    grid: tuple[int, int]  # rows, columns of the image; (0, 0) without one
+    images: tuple[Placed, ...] = ()
 
     @property
     def length(self) -> int:
@@ -51,8 +96,76 @@ class Layout:
         return len(self.rope)
 
 
+def lay_out(task: Task, pieces: Iterable[Text | Picture]) -> Layout:
+    """Text and pictures one after the other. All positions of a picture share one rotary id, what follows goes on.
+
+    ValueError: a learned token with no token right before it.
+    """
+    segments: list[tuple[Mode, int]] = []
+    tokens: list[int] = []
+    learned: list[bool] = []
+    spans: list[Ints] = []  # of the tokens
+    rope: list[Ints] = []
+    images: list[Placed] = []
+    place = turn = 0
+
+    def segment(mode: Mode, length: int, join: bool) -> None:
+        if join and segments and segments[-1][0] == mode:
+            mode, before = segments.pop()
+            length += before
+        segments.append((mode, length))
+
+    for piece in pieces:
+        if isinstance(piece, Text):
+            count = len(piece.tokens)
+            if not count:
+                continue
+            segment("causal", count, join=True)
+            tokens += piece.tokens
+            learned += [piece.learned] * count
+            spans.append(np.arange(place, place + count))
+            rope.append(np.arange(turn, turn + count))
+            place, turn = place + count, turn + count
+            continue
+        for order, use in enumerate(piece.uses):
+            image = Placed(use, place, piece.grid, piece.image)
+            segment(MODES[use], image.size, join=order > 0)
+            images.append(image)
+            rope.append(np.full(image.size, turn))
+            place += image.size
+        turn += 1
+    ids = np.array(tokens, dtype=np.int64)
+    index = np.concatenate([np.zeros(0, np.int64), *spans])
+    label = np.flatnonzero(learned)
+    if len(label) and (label[0] == 0 or (index[label] - index[label - 1] != 1).any()):
+        raise ValueError("a learned token stands at the beginning or right after an image")
+    empty = np.zeros(0, np.int64)
+    return Layout(
+        task, tuple(segments), ids, index, index[label] - 1, ids[label], np.concatenate([empty, *rope]), tuple(images)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Text of a turn. `think`: a trace before the answer."""
+
+    text: str
+    think: bool = False
+
+
+Part = Words | Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one role says and shows."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+
 class Layouts:
-    """Builds the layouts of a vocabulary. Results are cached and must not be changed."""
+    """Builds the layouts of a vocabulary. Results of the three plain tasks are cached and must not be changed."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
@@ -60,72 +173,82 @@ class Layouts:
         self._start, self._end = control["<|im_start|>"], control["<|im_end|>"]
         self._vision_start, self._vision_end = control["<|vision_start|>"], control["<|vision_end|>"]
         self._end_of_text = control["<|endoftext|>"]
-        newline = vocabulary.encode("\n")
-        self._user = [self._start, *vocabulary.encode("user"), *newline]
-        self._assistant = [self._end, *newline, self._start, *vocabulary.encode("assistant"), *newline]
+        self._newline = vocabulary.encode("\n")
+        self._user = [self._start, *vocabulary.encode("user"), *self._newline]
+        self._assistant = [self._end, *self._newline, self._start, *vocabulary.encode("assistant"), *self._newline]
         self._instruction = vocabulary.encode(INSTRUCTION)
         self.text = functools.lru_cache(maxsize=1 << 14)(self._text)
         self.text_to_image = functools.lru_cache(maxsize=1 << 14)(self._text_to_image)
         self.image_to_text = functools.lru_cache(maxsize=1 << 14)(self._image_to_text)
 
     def _text(self, text: str, limit: int) -> Layout:
-        """A document, cut to `limit` positions."""
-        tokens = [*self.vocabulary.encode(text), self._end_of_text][:limit]
-        length = len(tokens)
-        ids = np.array(tokens)
-        index = np.arange(length)
-        return Layout(
-            "text", (("causal", length),), ids, index, index[:-1], ids[1:], index, np.zeros(0, np.int64), (0, 0)
-        )
+        """A document of text alone, cut to `limit` positions."""
+        first, *others = [*self.vocabulary.encode(text), self._end_of_text][:limit]
+        return lay_out("text", [Text((first,)), Text(tuple(others), learned=True)])
 
     def _text_to_image(self, caption: str, grid: tuple[int, int]) -> Layout:
         """A prompt and the image it asks for; the empty caption is the unconditional prompt."""
-        before = [*self._user, *self.vocabulary.encode(caption), *self._assistant, self._vision_start]
-        return _around_image("text_to_image", before, [self._vision_end], grid, "noise", [len(before) - 1])
+        before = (*self._user, *self.vocabulary.encode(caption), *self._assistant)
+        drawn = Picture(grid, ("draw",))
+        return lay_out("text_to_image", [Text(before), self._begin(learned=True), drawn, Text((self._vision_end,))])
 
-    def _image_to_text(self, answer: str, grid: tuple[int, int]) -> Layout:
+    def _image_to_text(self, answer: str, grid: tuple[int, int], uses: tuple[Use, ...] = ("read",)) -> Layout:
         """An image and its description; without an answer the layout ends where the model has to go on."""
-        before = [*self._user, self._vision_start]
-        prompt = [self._vision_end, *self._instruction, *self._assistant]
-        reply = [*self.vocabulary.encode(answer), self._end] if answer else []
-        first = len(before) + len(prompt)
-        labels = list(range(first, first + len(reply)))
-        return _around_image("image_to_text", before, prompt + reply, grid, "full", labels)
+        prompt = (self._vision_end, *self._instruction, *self._assistant)
+        reply = (*self.vocabulary.encode(answer), self._end) if answer else ()
+        before = Text((*self._user, self._vision_start))
+        return lay_out("image_to_text", [before, Picture(grid, uses), Text(prompt), Text(reply, learned=True)])
+
+    def conversation(self, task: Task, turns: Sequence[Turn], goes_on: bool = False) -> Layout:
+        """Turns of a conversation. `goes_on`: it ends where the assistant has to speak next."""
+        pieces: list[Text | Picture] = []
+        for turn in turns:
+            said = turn.role == "assistant"
+            pieces.append(Text((self._start, *self.vocabulary.encode(turn.role), *self._newline)))
+            pieces += self._parts(turn.parts, learned=said)
+            pieces += [Text((self._end,), learned=said), Text(tuple(self._newline))]
+        if goes_on:
+            pieces.append(Text(tuple(self._assistant[1 + len(self._newline) :])))
+        return lay_out(task, pieces)
+
+    def document(self, task: Task, parts: Sequence[Part]) -> Layout:
+        """Text and images that follow each other, all of them to be learned, after an <|endoftext|> that opens it."""
+        opening, closing = Text((self._end_of_text,)), Text((self._end_of_text,), learned=True)
+        return lay_out(task, [opening, *self._parts(parts, learned=True), closing])
+
+    def _begin(self, learned: bool) -> Text:
+        return Text((self._vision_start,), learned)
+
+    def _parts(self, parts: Sequence[Part], learned: bool) -> list[Text | Picture]:
+        pieces: list[Text | Picture] = []
+        for part in parts:
+            if isinstance(part, Picture):
+                # The end of an image is not learned: its size is known before.
+                drawn = "draw" in part.uses
+                pieces += [self._begin(learned and drawn), part, Text((self._vision_end,))]
+            else:
+                text = f"{THINK}{part.text}{END_THINK}" if part.think else part.text
+                pieces.append(Text(tuple(self.vocabulary.encode(text)), learned))
+        return pieces
 
 
-def _around_image(
-    task: Task, before: list[int], after: list[int], grid: tuple[int, int], mode: Mode, labels: list[int]
-) -> Layout:
-    """Text, an image of rows x columns positions, text. `labels` counts tokens, leaving the image out."""
-    image, start, length = grid[0] * grid[1], len(before), len(before) + grid[0] * grid[1] + len(after)
-    token_index = np.concatenate([np.arange(start), np.arange(start + image, length)])
-    # All positions of an image share one rotary id, the text goes on one later.
-    rope = np.concatenate([np.arange(start), np.full(image, start), np.arange(start + 1, start + 1 + len(after))])
-    tokens = np.array([*before, *after])
-    label = np.array(labels, dtype=np.int64)
-    return Layout(
-        task,
-        (("causal", start), (mode, image), ("causal", len(after))),
-        tokens,
-        token_index,
-        token_index[label] - 1,
-        tokens[label],
-        rope,
-        np.arange(start, start + image),
-        grid,
-    )
+@dataclass(slots=True)
+class Arrays:
+    """The arrays of one form of an image, in the order of `Layout.images`."""
+
+    values: Tensor | None = None  # [n, D] features that are read; [n, d] clean normalised latents of the other uses
+    noise: Tensor | None = None  # [n, d] of an image being drawn
+    t: float = 1.0
+    target: Tensor | None = None  # [n, D] features of which the model itself makes the latents
 
 
 @dataclass(slots=True)
 class Content:
-    """What goes with a layout: its key and the arrays of its image, if it has one."""
+    """What goes with a layout: its key and the arrays of its images."""
 
     key: str
     layout: Layout
-    image: Tensor | None = None  # [N, d] clean normalised latents or [M, D] features
-    noise: Tensor | None = None  # [N, d]
-    t: float = 1.0
-    target: Tensor | None = None  # [N, D] features of which the model itself makes the latents
+    images: Sequence[Arrays] = ()
 
 
 def collate(contents: Sequence[Content], latent_channels: int, feature_channels: int) -> PackedBatch:
@@ -138,9 +261,16 @@ def collate(contents: Sequence[Content], latent_channels: int, feature_channels:
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *moved]))
 
     zeros = np.zeros(len(layouts), np.int64)
-    drawn = [n for n, layout in enumerate(layouts) if layout.task == "text_to_image"]
-    seen = [n for n, layout in enumerate(layouts) if layout.task == "image_to_text"]
-    sizes = torch.tensor([len(layouts[n].image_index) for n in drawn], dtype=torch.long)
+    placed = [
+        (number, int(starts[number]) + place.start, place, image)
+        for number, content in enumerate(contents)
+        for place, image in zip(content.layout.images, content.images, strict=True)
+    ]
+    seen = [entry for entry in placed if entry[2].use == "read"]
+    made = [entry for entry in placed if entry[2].use != "read"]
+    sizes = torch.tensor([place.size for _, _, place, _ in made], dtype=torch.long)
+    drawn = torch.tensor([place.use == "draw" for _, _, place, _ in made], dtype=torch.bool)
+    times = torch.tensor([image.t for _, _, _, image in made], dtype=torch.float32)
     return PackedBatch(
         segments=[
             Segment(n, mode, length) for n, layout in enumerate(layouts) for mode, length in layout.segments if length
@@ -150,33 +280,42 @@ def collate(contents: Sequence[Content], latent_channels: int, feature_channels:
         token_index=shifted([layout.token_index for layout in layouts], starts),
         label_index=shifted([layout.label_index for layout in layouts], starts),
         label_ids=shifted([layout.label_ids for layout in layouts], zeros),
-        latents=_rows([_latents(contents[n], latent_channels) for n in drawn], latent_channels),
-        noise=_rows([contents[n].noise for n in drawn], latent_channels),
-        t=torch.repeat_interleave(torch.tensor([contents[n].t for n in drawn], dtype=torch.float32), sizes),
-        flow_index=torch.arange(int(sizes.sum())),
-        latent_index=shifted([layouts[n].image_index for n in drawn], starts[drawn]),
-        latent_grid=_grids([layouts[n].grid for n in drawn]),
-        features=_rows([contents[n].image for n in seen], feature_channels),
-        feature_index=shifted([layouts[n].image_index for n in seen], starts[seen]),
-        feature_grid=_grids([layouts[n].grid for n in seen]),
+        latents=_rows([_latents(image, latent_channels) for _, _, _, image in made], latent_channels),
+        noise=_rows([_noise(place, image, latent_channels) for _, _, place, image in made], latent_channels),
+        t=torch.repeat_interleave(times, sizes),
+        flow_index=torch.repeat_interleave(drawn, sizes).nonzero()[:, 0],
+        latent_index=_indices([(start, place.size) for _, start, place, _ in made]),
+        latent_grid=_grids([place.grid for _, _, place, _ in made]),
+        features=_rows([image.values for _, _, _, image in seen], feature_channels),
+        feature_index=_indices([(start, place.size) for _, start, place, _ in seen]),
+        feature_grid=_grids([place.grid for _, _, place, _ in seen]),
         keys=[content.key for content in contents],
         tasks=[layout.task for layout in layouts],
         label_sample=torch.from_numpy(
             np.repeat(np.arange(len(layouts)), [len(layout.label_ids) for layout in layouts])
         ),
-        latent_sample=torch.repeat_interleave(torch.tensor(drawn, dtype=torch.long), sizes),
-        target_features=_rows([contents[n].target for n in drawn], feature_channels),
+        latent_sample=torch.repeat_interleave(torch.tensor([n for n, _, _, _ in made], dtype=torch.long), sizes),
+        target_features=_rows([image.target for _, _, _, image in made], feature_channels),
     )
 
 
-def _latents(content: Content, channels: int) -> Tensor | None:
+def _latents(image: Arrays, channels: int) -> Tensor | None:
     """[N, d]; where the model has to make them, not a number: whoever forgets to will notice."""
-    return content.image if content.target is None else torch.full((content.target.shape[0], channels), math.nan)
+    return image.values if image.target is None else torch.full((image.target.shape[0], channels), math.nan)
+
+
+def _noise(place: Placed, image: Arrays, channels: int) -> Tensor:
+    return torch.zeros(place.size, channels) if image.noise is None else image.noise
 
 
 def _rows(tensors: Sequence[Tensor | None], channels: int) -> Tensor:
     present = [tensor for tensor in tensors if tensor is not None]
     return torch.cat(present) if present else torch.zeros(0, channels)
+
+
+def _indices(spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Positions of (start, length) spans, [their sum]."""
+    return torch.cat([torch.zeros(0, dtype=torch.long), *(torch.arange(a, a + n) for a, n in spans)])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ Shards are opened when first needed, so that opening a set costs one manifest pe
 import bisect
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +106,11 @@ class ShardSet:
         """Key of a sample."""
         shard, row = self._locate(number)
         return self._joined(shard).base.keys[row]
+
+    def keys(self) -> Iterator[str]:
+        """Keys of all samples, in order."""
+        for shard in range(len(self.manifest.shards)):
+            yield from self._joined(shard).base.keys
 
     def _left_out(self, shard: int, key: str, part: str) -> DataError:
         return DataError(

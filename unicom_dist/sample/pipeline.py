@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unicom_dist.checkpoint.weights import export_weights
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.schema import EncoderConfig
-from unicom_dist.data.samples import Content, Layout, Layouts, collate, grid_positions
+from unicom_dist.data.samples import Arrays, Content, Layout, Layouts, collate, grid_positions
 from unicom_dist.models.codec import Codec
 from unicom_dist.models.target import Target
 from unicom_dist.sample.export import text_files, write_index
@@ -166,7 +166,7 @@ class UniComPipeline(PictureCodec):
         captions: list[str] = []
         for start in range(0, len(encoded), self.batch):
             contents = [
-                Content("", self.layouts.image_to_text("", item.grid), features_tensor(item))
+                Content("", self.layouts.image_to_text("", item.grid), [Arrays(features_tensor(item))])
                 for item in encoded[start : start + self.batch]
             ]
             batch = collate(contents, prior.latent_channels, prior.feature_channels).to(self.device)
@@ -221,7 +221,7 @@ class UniComPipeline(PictureCodec):
 
 def before_image(layout: Layout) -> Layout:
     """The part of a text-to-image layout after which the image is drawn."""
-    start = int(layout.image_index[0])
+    start = layout.images[0].start
     none, index = np.zeros(0, np.int64), np.arange(start)
-    prefix = replace(layout, task="text", segments=(("causal", start),), tokens=layout.tokens[:start], grid=(0, 0))
-    return replace(prefix, token_index=index, rope=index, label_index=none, label_ids=none, image_index=none)
+    prefix = replace(layout, task="text", segments=(("causal", start),), tokens=layout.tokens[:start], images=())
+    return replace(prefix, token_index=index, rope=index, label_index=none, label_ids=none)
