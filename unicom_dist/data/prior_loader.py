@@ -145,18 +145,14 @@ class _Reader:
             for (image, _, _), array in zip(wanted, arrays, strict=True):
                 self._fill(image, array, made="draw" in uses)
         for row, content in zip(rows, contents, strict=True):
-            drawn = [
-                image for place, image in zip(row.layout.images, content.images, strict=True) if place.use == "draw"
-            ]
-            if not drawn:
+            if not any(place.use == "draw" for place in row.layout.images):
                 continue
             generator = generator_of(self._config.seed, self._stage, row.key, row.visit)
-            for image in drawn:
-                t = sample_t(self._config.prior, 1, generator)
-                image.t = float(t[0]) if fixed_t is None else fixed_t
-                array = image.values if image.target is None else image.target
-                assert array is not None
-                image.noise = torch.empty(array.shape[0], self._latent_channels).normal_(generator=generator)
+            for place, image in zip(row.layout.images, content.images, strict=True):
+                if place.use == "draw":
+                    t = sample_t(self._config.prior, 1, generator)
+                    image.t = float(t[0]) if fixed_t is None else fixed_t
+                    image.noise = torch.empty(place.size, self._latent_channels).normal_(generator=generator)
         return collate(contents, self._latent_channels, self.images.feature_channels)
 
     def _fill(self, image: Arrays, array: Tensor, made: bool) -> None:
