@@ -201,12 +201,17 @@ def digest_of(reader: _Reader) -> str:
 
 
 def heldout_codec_batches(config: Config, t: float, limit: int, batch: int = 32) -> Iterator[CodecBatch]:
-    """`limit` held-out samples, evenly apart, in batches at time `t`, with noise that depends on their keys only.
+    """As `fixed_codec_batches`, of held-out samples."""
+    return fixed_codec_batches(config, "heldout", t, limit, batch)
+
+
+def fixed_codec_batches(config: Config, name: str, t: float, limit: int, batch: int = 32) -> Iterator[CodecBatch]:
+    """`limit` samples of a set, evenly apart, in batches at time `t`, with noise that depends on their keys only.
 
     With aspect buckets they come bucket by bucket.
     """
-    pairs = open_set(config, "heldout")
-    reader = _Reader(config, [pairs], "heldout", feature_channels(pairs, config.encoder.kind))
+    pairs = open_set(config, name)
+    reader = _Reader(config, [pairs], name, feature_channels(pairs, config.encoder.kind))
     numbers = sorted(spread(limit, len(pairs)), key=lambda number: (reader.buckets[number], number))
     for _, group in itertools.groupby(numbers, key=lambda number: reader.buckets[number]):
         same = [(number, 0) for number in group]

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from unicom_dist.checkpoint.weights import StoredWeights, export_weights, read_weights_config
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, PriorConfig, StageConfig
-from unicom_dist.data.loader import CodecLoader, PriorLoader, heldout_codec_batches, heldout_prior_batches
+from unicom_dist.data.loader import (
+    CodecLoader,
+    PriorLoader,
+    fixed_codec_batches,
+    heldout_codec_batches,
+    heldout_prior_batches,
+)
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.pairs import feature_channels, open_set
 from unicom_dist.data.prefetch import StepLoader
@@ -46,6 +52,7 @@ from unicom_dist.parallel.tensor import materialise
 from unicom_dist.sample.loading import load_codec
 from unicom_dist.tracking.flops import codec_flops, prior_flops
 from unicom_dist.train.codec_inputs import CodecInputs
+from unicom_dist.train.linear_start import PICTURES, linear_start, set_start
 from unicom_dist.train.pictures import draw_prompts, draw_reconstructions
 
 Batch = TypeVar("Batch", CodecBatch, PackedBatch)
@@ -146,6 +153,7 @@ class CodecTask(Task[CodecBatch]):
         self._target: Target | None = None
         self._perceptual: PerceptualLoss | None = None
         self._now = scheduled(config.codec, 0)  # the loss of the step
+        self._start: tuple[Tensor, Tensor] | None = None  # of the compressor's linear path
         self._flops: dict[tuple[int, ...], float] = {}  # by shape: counting takes longer than a small step may
         with torch.device("meta"):  # an engine may have split the weights of the model itself
             self._shapes = Codec(config.codec, self._channels)
@@ -158,15 +166,19 @@ class CodecTask(Task[CodecBatch]):
             if self._perceptual is not None:
                 self._perceptual.to(mesh.device, dtype_of(self.stage.precision))
         decoder = self.config.codec.decoder
-        published = bool(decoder.init_from) and not any(
-            stage.kind == "codec" for stage in self.config.stages[: self.config.stages.index(self.stage)]
-        )  # later stages continue the one before
+        first = not self.config.codec_before(self.stage)  # later stages continue the one before
+        published = bool(decoder.init_from) and first
         module = Codec(self.config.codec, self._channels, self.config.seed, outline=published)
         if published:
             self._source = decoder_source(module.decoder, self.config.seed)
             if mesh.layout.zero_stage == 0:
                 materialise(module.decoder)
                 fill(module.decoder, self._source, "decoder.")
+        if self.config.codec.compressor.start == "linear" and first:
+            if self._start is None:
+                batches = fixed_codec_batches(self.config, "train", 0.0, PICTURES)
+                self._start = linear_start(module.compressor, (self._inputs(b.to(mesh.device)) for b in batches))
+            set_start(module.compressor, self._start)
         if self.stage.trainable == "decoder":
             joint = StoredWeights(joint_folder(self.config, self.stage) / "compressor")
             values = {name: joint[name].float() for name in joint if self.begins(name)}
