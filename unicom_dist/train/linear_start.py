@@ -3,15 +3,15 @@
 What shows the pixels lies in directions along which features vary little, and gradient descent finds those last: of the
 EfficientNet pyramid of emoji, 64 principal components tell pictures of 32 px to 17.7 dB, all 1280 channels to 24.7 dB.
 Reduced-rank ridge regression finds them in seconds: least squares from the features of a token to what is drawn there;
-the largest components of the fit become latent channels, each of unit variance. What those leave free, attention, MLP
-and decoder start as ever. Ref: Izenman 1975, reduced-rank regression.
+the largest components of the fit become latent channels, each of unit variance. Channels that are left and the decoder
+start as ever. Ref: Izenman 1975, reduced-rank regression.
 Shapes: N tokens of D channels, q values of the target space under a token, d latent channels.
 """
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from unicom_dist.models.codec import CodecBatch
@@ -60,7 +60,7 @@ def linear_start(compressor: Compressor, batches: Iterable[CodecBatch]) -> tuple
     batches: with what the decoder draws. The result is the same on every rank that is given the same ones.
     """
     seen: list[Tensor] = []
-    hook = _straight(compressor).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hook = _block(compressor).straight.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     regression, side = Regression(), 0
     try:
         for batch in batches:
@@ -84,13 +84,16 @@ def under_tokens(target: Tensor, rows: int, columns: int, side: int) -> Tensor:
 
 @torch.no_grad()
 def set_start(compressor: Compressor, start: tuple[Tensor, Tensor]) -> None:
-    """Give the compressor's linear path the values of `linear_start`."""
-    straight, (weight, bias) = _straight(compressor), start
-    straight.weight[: len(weight)] = weight
-    straight.bias[: len(bias)] = bias
+    """Give the compressor's linear path the values of `linear_start`; what adds to it starts at zero."""
+    block, (weight, bias) = _block(compressor), start
+    block.straight.weight[: len(weight)] = weight
+    block.straight.bias[: len(bias)] = bias
+    for added in (block.attention.out, block.mlp_out):
+        if added is not None:
+            added.weight.zero_()
+            added.bias.zero_()
 
 
-def _straight(compressor: Compressor) -> nn.Linear:
-    block = compressor.block
-    assert isinstance(block, AttentionBlock)  # by the configuration
-    return block.straight
+def _block(compressor: Compressor) -> AttentionBlock:
+    assert isinstance(compressor.block, AttentionBlock)  # by the configuration
+    return compressor.block
