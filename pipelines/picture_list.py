@@ -50,11 +50,12 @@ def list_pictures(source: str | Path, out: Path, limit: int = 0) -> tuple[list[P
     root = Path(source)
     if root.resolve() == out.resolve():
         raise ConfigError(f"--out {out}", "the pictures are read from there", "name another folder", DOCS)
+    inside = out.resolve().is_relative_to(root.resolve())
     found: list[tuple[str, str, tuple[int, str] | None]] = []
     broken: dict[str, str] = {}
     files = [root] if root.is_file() else sorted(root.rglob("*"))
     for path in files:
-        if not path.is_file() or path.resolve().is_relative_to(out.resolve()):
+        if not path.is_file() or (inside and path.resolve().is_relative_to(out.resolve())):
             continue
         name = path.name if path == root else path.relative_to(root).as_posix()
         if path.suffix.lower() in IMAGE_SUFFIXES:

@@ -1,11 +1,12 @@
 """The feature job on Ray: joined by key, resumable, whole shards only, killed workers. About 40 s; one Ray."""
 
 import io
+import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import read_npy, to_tensor
 from unicom_dist.data.shardset import ShardSet
 from unicom_dist.data.tar import Shard, ShardWriter
-from unicom_dist.models.encoders import build_encoder, encoder_fingerprint
+from unicom_dist.models.encoders import EncodedImage, build_encoder, encoder_fingerprint
+from unicom_dist.models.encoders.random import RandomEncoder
+from unicom_dist.testing.awkward import awkward_pictures
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.testing.tiny_run import write_tiny_weights
 
@@ -297,6 +300,52 @@ def test_ray_listens_on_the_loopback_address_only(session: None) -> None:
             listening |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
     assert listening, "Ray's own servers should be found"
     assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
+
+
+class Poisoned(RandomEncoder):
+    """Gives features that are not finite for the first picture of every batch."""
+
+    def encode(self, batch: Sequence[Any]) -> list[EncodedImage]:
+        first, *others = super().encode(batch)
+        return [first._replace(features=first.features * np.float32(np.inf)), *others]
+
+
+def process(folder: Path, encoder: Any) -> tuple[Shard, dict[str, str]]:
+    """The awkward pictures through a worker of the job, four at a time; the features and what was left out."""
+    with ShardWriter(folder / "a.tar") as writer:
+        for name, picture in awkward_pictures().items():
+            writer.write(name, {"png": picture.content, "json": b"{}"})
+        writer.write("no-picture", {"json": b"{}"})
+    task = parts.ShardTask("train/a", str(folder / "a.tar"), str(folder / "a.random.tar"), len(writer), "")
+    result = features.FeatureWorker(encoder, 4, "float16", threads=2).process(task, lambda _: None)
+    return Shard(folder / "a.random.tar"), result.skipped
+
+
+@pytest.mark.parametrize("crop", ["none", "bucket"])
+def test_every_kind_of_picture_is_encoded_or_named(tmp_path: Path, crop: str) -> None:
+    config = tiny_config(tmp_path).encoder.model_copy(update={"crop": crop})
+    shard, skipped = process(tmp_path, build_encoder(config))
+    reasons = {name: picture.refusal for name, picture in awkward_pictures().items() if picture.refusal}
+    reasons["no-picture"] = "no image"
+    if crop == "bucket":
+        reasons["very-wide"] = "20000 x 10 pixels: cut to 4:1"
+    assert set(skipped) == set(reasons)
+    assert all(reason in skipped[name] for name, reason in reasons.items())
+    assert set(shard.keys) == {*awkward_pictures(), "no-picture"} - set(reasons)
+    for number in range(len(shard)):
+        stored = read_npy(shard.member(number, "features.npy"), shard.keys[number])
+        rows, columns = json.loads(bytes(shard.member(number, "json")))["grid"]
+        assert stored.shape == (rows * columns, 24)
+        assert np.isfinite(stored.astype(np.float32)).all()
+    turned = json.loads(bytes(shard.member(shard.keys.index("turned"), "json")))["grid"]
+    assert turned == ([4, 4] if crop == "none" else [5, 3])
+
+
+def test_features_that_are_not_finite_are_left_out_by_name(tmp_path: Path) -> None:
+    shard, skipped = process(tmp_path, Poisoned(tiny_config(tmp_path).encoder))
+    poisoned = {name for name, reason in skipped.items() if reason == "features are not finite in float16"}
+    assert len(poisoned) >= 3
+    assert not poisoned & set(shard.keys)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

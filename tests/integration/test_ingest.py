@@ -16,6 +16,8 @@ from unicom_dist.config.errors import DataError, PreflightError
 from unicom_dist.config.schema import Config
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.shardset import ShardSet
+from unicom_dist.data.sizes import set_sizes
+from unicom_dist.testing.awkward import awkward_pictures, near
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 
 
@@ -89,6 +91,31 @@ def test_bad_samples_are_skipped_counted_and_named(config: Config) -> None:
     named = [Manifest.read(Path(config.data.path) / name).skipped for name in ("train", "heldout")]
     assert "cannot be read" in (named[0] | named[1])["bad-1"]
     assert any("skipped (" in summary.line() for summary in summaries)
+
+
+def test_every_kind_of_picture_is_stored_or_named(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, picture in awkward_pictures().items():
+        (folder / f"{name}.png").write_bytes(picture.content)
+        (folder / f"{name}.txt").write_text("a caption")
+    config = tiny_config(tmp_path, data={"max_bad_fraction": 0.9, "held_out": 0.0, "image_px": 32})
+    ingest.run(config, workers=1)
+    train = Path(config.data.path) / "train"
+    skipped = Manifest.read(train).skipped
+    assert set(skipped) == {name for name, picture in awkward_pictures().items() if picture.refusal}
+    for name, reason in skipped.items():
+        assert awkward_pictures()[name].refusal in reason
+        assert not reason.startswith(name)
+    pairs = ShardSet(train)
+    stored = {pairs.key(number): image_of(pairs[number].parts[""]) for number in range(len(pairs))}
+    sizes = {pairs.key(number): tuple(size) for number, size in enumerate(set_sizes(pairs).tolist())}
+    assert len(list(train.glob("*.tar.sizes"))) == len(pairs.manifest.shards)
+    for name, image in stored.items():
+        picture = awkward_pictures()[name]
+        assert image.size == sizes[name] == ((32, 1) if name == "very-wide" else picture.size)
+        assert near(image.convert("RGB").getpixel((0, 0)), picture.colour)
+        assert "icc_profile" not in image.info
 
 
 def test_too_many_bad_samples_stop_the_ingest_and_leave_no_manifest(config: Config) -> None:

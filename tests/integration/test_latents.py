@@ -10,7 +10,8 @@ import torch
 from pipelines import ingest, latents
 from unicom_dist.config.errors import CheckpointError, DataError
 from unicom_dist.config.schema import Config
-from unicom_dist.data.loader import PriorLoader
+from unicom_dist.data.decode import decode_image
+from unicom_dist.data.loader import CodecLoader, PriorLoader
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import read_npy, to_tensor, write_npy
 from unicom_dist.data.samples import grid_positions
@@ -18,7 +19,8 @@ from unicom_dist.data.shardset import ShardSet, part_name
 from unicom_dist.data.tar import Shard, ShardWriter
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import LatentStats
-from unicom_dist.models.encoders import encoder_fingerprint
+from unicom_dist.models.encoders import build_encoder, encoder_fingerprint
+from unicom_dist.testing.shards import write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.testing.tiny_run import tiny_codec, write_tiny_weights
 from unicom_dist.tracking.metrics import read_metrics
@@ -169,3 +171,126 @@ def test_missing_features_are_named(config: Config) -> None:
     (Path(config.data.path) / "train" / "manifest.random.json").unlink()
     with pytest.raises(DataError, match=r"manifest\.random\.json"):
         latents.run(config)
+
+
+def rewrite(config: Config, changes: dict[str, dict[str, bytes]]) -> None:
+    """Replace members of samples of the training features; the manifest follows."""
+    folder = Path(config.data.path) / "train"
+    manifest = Manifest.read(folder, "random")
+    for number, entry in enumerate(manifest.shards):
+        shard = Shard(folder / entry.name)
+        samples = {key: {e: bytes(m) for e, m in shard[n].items()} for n, key in enumerate(shard.keys)}
+        with ShardWriter(folder / entry.name) as writer:
+            for key, members in samples.items():
+                writer.write(key, {**members, **changes.get(key, {})})
+        manifest.shards[number] = writer.entry
+    manifest.write(folder)
+
+
+def stored_latents(config: Config, name: str = "train") -> dict[str, bytes]:
+    folder = Path(config.run_dir) / "latents" / name
+    return {
+        key: bytes(shard.member(number, "latent.npy"))
+        for entry in Manifest.read(folder, "latent").shards
+        for shard in [Shard(folder / entry.name)]
+        for number, key in enumerate(shard.keys)
+    }
+
+
+def test_bad_features_are_left_out_by_name_and_do_not_touch_their_neighbours(config: Config) -> None:
+    latents.run(config)
+    before = stored_latents(config)
+    nan = np.full((4, 24), np.nan, np.float16)
+    cases: list[tuple[dict[str, bytes], str]] = [
+        ({"features.npy": write_npy(nan), "json": b'{"grid": [2, 2]}'}, "not finite"),
+        ({"features.npy": write_npy(nan * 0 + np.inf), "json": b'{"grid": [2, 2]}'}, "not finite"),
+        ({"json": b'{"grid": [9, 9]}'}, "expected [81, 24]"),
+        ({"features.npy": write_npy(np.zeros((0, 24), np.float16)), "json": b'{"grid": [0, 0]}'}, "no grid"),
+        ({"features.npy": write_npy(np.zeros((4, 23), np.float16)), "json": b'{"grid": [2, 2]}'}, "expected [4, 24]"),
+        ({"features.npy": b"\x93NUMPY"}, "array cannot be read"),
+        ({"json": b"{"}, "json member cannot be read"),
+    ]
+    keys = sorted(before)[: len(cases)]
+    rewrite(config, {key: members for key, (members, _) in zip(keys, cases, strict=True)})
+    with pytest.raises(DataError, match="7 of 20 images could not be used"):
+        latents.run(config)
+    tolerant = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 0.5})})
+    latents.run(tolerant)
+    skipped = Manifest.read(Path(config.run_dir) / "latents" / "train", "latent").skipped
+    assert set(skipped) == set(keys)
+    for key, (_, reason) in zip(keys, cases, strict=True):
+        assert reason in skipped[key]
+    after = stored_latents(config)
+    assert set(after) == set(before) - set(keys)
+    for key, content in after.items():
+        values = to_tensor(read_npy(memoryview(content), key)).float()
+        torch.testing.assert_close(
+            values, to_tensor(read_npy(memoryview(before[key]), key)).float(), rtol=2e-3, atol=2e-3
+        )
+
+
+def test_an_interrupted_job_goes_on_after_its_finished_shards(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config.model_copy(update={"run_dir": str(tmp_path / "whole")})
+    write_tiny_weights(whole)
+    latents.run(whole)
+    made: list[str] = []
+
+    class Interrupted(ShardWriter):
+        def close(self) -> object:
+            if len(made) == 2:
+                raise KeyboardInterrupt
+            made.append(self.path.name)
+            return super().close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "ShardWriter", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            latents.run(config)
+    folder = Path(config.run_dir) / "latents"
+    finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*.latent.tar")}
+    assert len(finished) == 2
+    assert not list(folder.rglob("*.tmp"))
+    latents.run(config)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
+    for name in ("train", "heldout"):
+        assert stored_latents(config, name) == stored_latents(whole, name)
+    assert (folder / "stats.json").read_bytes() == (tmp_path / "whole" / "latents" / "stats.json").read_bytes()
+
+
+def test_latents_keep_the_ratio_of_the_picture_in_every_bucket(tmp_path: Path) -> None:
+    aspect = {"codec": {"decoder": {"buckets": "aspect"}}, "encoder": {"crop": "bucket"}}
+    config = tiny_config(tmp_path, **aspect)
+    sizes = [(32, 32), (64, 20), (20, 64), (30, 16)]
+    write_tiny_sets(config, 12, feature_channels=24, sizes=sizes)
+    encoder = build_encoder(config.encoder)
+    for name in ("train", "heldout"):
+        folder = Path(config.data.path) / name
+        manifest = Manifest(part="random", fingerprint=encoder.fingerprint)
+        for entry in Manifest.read(folder).shards:
+            shard = Shard(folder / entry.name)
+            with ShardWriter(folder / part_name(entry.name, "random")) as writer:
+                for number, key in enumerate(shard.keys):
+                    image = decode_image(shard.member(number, "webp"), key)
+                    (item,) = encoder.encode([encoder.preprocess(image)])
+                    grid = json.dumps({"grid": item.grid}).encode()
+                    writer.write(key, {"features.npy": write_npy(item.features.astype(np.float16)), "json": grid})
+            manifest.shards.append(writer.entry)
+        manifest.write(folder)
+    write_tiny_weights(config)
+    latents.run(config)
+    together = joined(config, "train")
+    grids = [json.loads(bytes(together[n].parts["latent"]["json"]))["grid"] for n in range(12)]
+    assert grids == [[4, 4], [2, 6], [6, 2], [3, 5]] * 3
+    for number, (rows, columns) in enumerate(grids):
+        sample = together[number]
+        assert read_npy(sample.parts["latent"]["latent.npy"], sample.key).shape == (rows * columns, 4)
+    other = config.model_copy(update={"encoder": config.encoder.model_copy(update={"crop": "none"})})
+    with pytest.raises(DataError, match="fingerprint"):
+        CodecLoader(other, config.stage("codec"), expect_fingerprint={"random": encoder_fingerprint(other.encoder)})
+    with CodecLoader(config, config.stage("codec"), expect_fingerprint={"random": encoder.fingerprint}) as loader:
+        for batch in loader.next_step():
+            extent = (batch.grid.amax((0, 1)) + 1).tolist()
+            height, width = batch.images.shape[-2:]
+            assert abs(np.log(extent[1] / extent[0] * height / width)) < 0.5  # tokens and target: one ratio

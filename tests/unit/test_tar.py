@@ -197,3 +197,10 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PreflightError, match="cannot write"):
         ShardWriter(tmp_path / "file" / "a.tar")
+
+
+@pytest.mark.parametrize("content", [b"no archive" * 100, b"\x89PNG" + bytes(range(256)) * 9, b"\x1f\x8b" + b"7" * 999])
+def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.tar is (damaged|cut off)"):
+        Shard(tmp_path / "a.tar")

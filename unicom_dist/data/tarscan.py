@@ -45,7 +45,14 @@ def scan(path: Path, view: memoryview) -> Index:
 
 
 def _members(path: Path, view: memoryview) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every regular file, in order."""
+    """(name, offset, size) of every regular file, in order. DataError: damaged, unsafe, or no archive at all."""
+    try:
+        yield from _entries(path, view)
+    except (ValueError, IndexError) as error:  # numbers that are none
+        raise DataError(f"{path} is damaged or no tar archive", str(error), _REMAKE) from error
+
+
+def _entries(path: Path, view: memoryview) -> Iterator[tuple[str, int, int]]:
     position, long_name = 0, ""
     while True:
         header = bytes(view[position : position + BLOCK])
