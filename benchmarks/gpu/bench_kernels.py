@@ -11,7 +11,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -53,14 +55,15 @@ def attention(segments: list[Segment]) -> dict[str, Callable[[], object]]:
     positions = sum(s.length for s in segments)
     shapes = [(positions, heads, CHANNELS) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     tensors = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
-    builds = {
+    builds: dict[str, Callable[[], Any]] = {
         "padded, dense mask": lambda: AttentionPlan.build(segments, torch.bfloat16, "cuda"),
         "FlexAttention": lambda: FlexPlan.build(segments, "cuda"),
     }
-    return {
-        name: lambda build=build: torch.autograd.grad(build()(0, *tensors).float().sum(), tensors)
-        for name, build in builds.items()
-    }
+
+    def once(build: Callable[[], Any]) -> object:
+        return torch.autograd.grad(build()(0, *tensors).float().sum(), tensors)
+
+    return {name: partial(once, build) for name, build in builds.items()}
 
 
 def head() -> dict[str, Callable[[], object]]:
@@ -117,7 +120,9 @@ def main() -> int:
         print(f"{kernel.title}: {kernel.text}")
     groups = {f"attention {name}": attention(packing(pieces)) for name, pieces in LAYOUTS.items()}
     groups |= {"head": head(), "step": step()}
-    rows, figures, goals = [], {}, []
+    rows: list[list[str]] = []
+    figures: dict[str, Any] = {}
+    goals: list[Goal] = []
     for group, methods in groups.items():
         peaks = {name: peak_gib(method) for name, method in methods.items()}
         timings = interleaved(methods, options.rounds, clock)

@@ -20,7 +20,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def test_the_row_is_mix8k(bench: ModuleType) -> None:
-    row = bench.packed(bench.MIX, bench.SIZES["0.5B"], 0)
+    row = bench.packed(bench.ROWS["mix8k"], bench.SIZES["0.5B"], 0)
     assert row.num_positions == 8192
     parts = torch.cat([row.token_index, row.latent_index, row.feature_index])
     assert torch.equal(parts.sort().values, torch.arange(8192))
