@@ -8,17 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from training_run import tiny_run
 
 from unicom_dist.config.errors import ConfigError, Preempted
 from unicom_dist.config.load import Loaded
+from unicom_dist.evaluate.ruler import Ruler
 from unicom_dist.tracking.metrics import read_metrics
 from unicom_dist.tracking.status import read_status
 from unicom_dist.train.ablation import cells as cells_module
 from unicom_dist.train.ablation import codec
-from unicom_dist.train.ablation.reconstruction import Judges
 
-CHEAP = Judges(lambda a, b: (a - b).square().flatten(1).mean(1))
+CHEAP = Ruler(lambda a, b: (a - b).square().flatten(1).mean(1), None, None, torch.device("cpu"))
 STEPS = 40
 
 

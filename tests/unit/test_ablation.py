@@ -172,15 +172,15 @@ def result(tmp_path, monkeypatch):
     for cell in cells:
         name = cell.variant.name
         values = PSNRS[name] + hard + random.normal(0, 0.1) + random.normal(0, 0.2, 40)
-        figures = {"PSNR": values, "SSIM": values / 30, "LPIPS": 1 - values / 30}
-        tokens = 16 if "pool" in name else 64
+        figures = {"PSNR": values, "SSIM": values / 30, "LPIPS": 1 - values / 30, "rFID": [90 - values.mean()]}
         keys = [f"picture-{number}" for number in range(40)]
-        measured.append(Measured(keys, tokens, 1, 1000, {key: list(v) for key, v in figures.items()}, {}))
+        measured.append(Measured(keys, 1000, {key: list(v) for key, v in figures.items()}, {}))
         early, late = (0.9, 0.3) if "pool" not in name else (0.7, 0.5)
         noise = random.normal(0, 0.01)
         stages[cell.name] = Stage("codec", {"loss/flow": Curve([], [(50, early + noise), (300, late + noise)])}, 60.0)
     monkeypatch.setattr(codec, "read_stage", lambda cell: stages[cell.name])
-    return codec.summary(config, stage, points, cells, measured)
+    tokens = {name: 64 if point.all_tokens else 16 for name, point in points.items()}
+    return codec.summary(config, stage, points, tokens, cells, measured)
 
 
 def test_claims_follow_from_the_figures(result):
@@ -192,8 +192,10 @@ def test_claims_follow_from_the_figures(result):
         "Agrees: PSNR of 64 × 64, attention minus that of 16 × 1280, no compressor, pooled is +2."
     )
     assert first["paper"] == 2.32
+    assert [finding["metric"] for finding in channels["findings"][:4]] == ["PSNR", "SSIM", "LPIPS", "rFID"]
+    assert "feature cosine" not in result["seed_std"]  # not measured
     equal = next(claim for text, claim in found.items() if "equally many values" in text)
-    assert equal["verdict"] == "agrees in 3, disagrees in 3 of 6 comparisons"  # the MLP with fewer tokens is the better
+    assert equal["verdict"] == "agrees in 4, disagrees in 4 of 8 comparisons"  # the MLP with fewer tokens is the better
     assert "Disagrees: PSNR of 64 × 64, MLP" in str(equal["findings"])
     nearly = next(claim for text, claim in found.items() if "nearly as good as all" in text)
     assert nearly["verdict"] == "agrees"
@@ -216,7 +218,7 @@ def test_the_page_shows_verdicts_figures_and_noise(result, tmp_path):
     for claim in result["claims"]:
         for text in (claim["claim"], claim["findings"][0]["sentence"]):
             assert text in page
-    for metric in METRICS:
+    for metric in codec_page.metrics_of(result):
         assert f"{result['variants'][0]['figures'][metric.name]['mean']:.{metric.digits}f}" in page
     assert f"{result['seed_std']['PSNR']:.2f} dB PSNR apart" in page
     assert "22.61" in page  # table 4

@@ -12,8 +12,9 @@ from unicom_dist.config.errors import ConfigError
 from unicom_dist.config.explain import write_config
 from unicom_dist.config.load import Loaded
 from unicom_dist.config.schema import Config, StageConfig
-from unicom_dist.data.pairs import feature_channels, open_set
+from unicom_dist.data.pairs import feature_channels, grid_of, open_set
 from unicom_dist.evaluate.intervals import over_seeds_and_pictures
+from unicom_dist.evaluate.ruler import Ruler
 from unicom_dist.tracking.env import write_env
 from unicom_dist.tracking.mirror import start_mirror
 from unicom_dist.tracking.report.data import Points, Stage
@@ -24,19 +25,19 @@ from unicom_dist.train.ablation.cells import DOCS, Cell, Variant, make_cells, tr
 from unicom_dist.train.ablation.codec_claims import claims_of
 from unicom_dist.train.ablation.codec_grid import Point, points_of
 from unicom_dist.train.ablation.journal import read_stage, record
-from unicom_dist.train.ablation.reconstruction import METRICS, Judges, Measured, measure, strip_of
+from unicom_dist.train.ablation.reconstruction import METRICS, Measured, measure, strip_of
 from unicom_dist.train.pipeline import final_status, preflight
 
 RESULT, PAGE, SHEET = "ablation.json", "ablation.html", "samples/ablation/sheet.png"
 FLOW, PERCEPTUAL = "loss/flow", "loss/perceptual"  # held out, over the steps of a training
 
 
-def run(loaded: Loaded, say: Callable[[str], None], judges: Judges | None = None) -> Path:
+def run(loaded: Loaded, say: Callable[[str], None], ruler: Ruler | None = None) -> Path:
     """Train what is not trained, measure what is not measured, write the result. Returns the path of the page.
 
     Everything is in `run_dir`: a folder per training, `ablation.json`, `ablation.html` and the sheet of pictures. `say`
-    receives a line for the user per event; `judges`: others than the recipe's. Raises whatever ended it, with the
-    status written.
+    receives a line for the user per event; `ruler`: other judging networks than the recipe's. Raises whatever ended
+    it, with the status written.
     """
     config, folder = loaded.config, Path(loaded.config.run_dir)
     stage = codec_stage(config)
@@ -49,15 +50,15 @@ def run(loaded: Loaded, say: Callable[[str], None], judges: Judges | None = None
     start_mirror(folder, config.tracking)
     try:
         train(cells, folder, say)
-        measured, originals = measure(cells, config, say, judges)
+        measured, originals = measure(cells, config, say, ruler)
+        found = zip(cells, measured, strict=True)
         record(
-            folder,
-            cells,
-            {c.name: {m.name: one.mean(m) for m in METRICS} for c, one in zip(cells, measured, strict=True)},
+            folder, cells, {c.name: {m.name: one.mean(m) for m in METRICS if m.name in one.values} for c, one in found}
         )
-        result = summary(config, stage, points, cells, measured)
+        tokens = tokens_of(config, points)
+        result = summary(config, stage, points, tokens, cells, measured)
         write_page(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        strips = {cell.variant.name: strip_of(cell, len(originals)) for cell in reversed(cells)}  # of the first seed
+        strips = {cell.variant.name: strip_of(cell) for cell in reversed(cells)}  # of the first seed
         (folder / SHEET).parent.mkdir(parents=True, exist_ok=True)
         codec_page.sheet(result, originals, strips).save(folder / SHEET)
         write_page(folder / PAGE, codec_page.render(result, folder / SHEET, folder))
@@ -78,8 +79,22 @@ def codec_stage(config: Config) -> StageConfig:
     )
 
 
+def tokens_of(config: Config, points: Mapping[str, Point]) -> dict[str, int]:
+    """Latents per picture by variant: of the first held-out one, where they differ with its aspect ratio."""
+    sample, kind = open_set(config, "heldout")[0], config.encoder.kind
+    grid = grid_of(sample, kind, "features.npy")
+    compressor = config.codec.compressor
+    grids = {name: compressor.model_copy(update={"spatial": p.spatial}).latent_grid(grid) for name, p in points.items()}
+    return {name: rows * columns for name, (rows, columns) in grids.items()}
+
+
 def summary(
-    config: Config, stage: StageConfig, points: Mapping[str, Point], cells: Sequence[Cell], measured: Sequence[Measured]
+    config: Config,
+    stage: StageConfig,
+    points: Mapping[str, Point],
+    tokens: Mapping[str, int],
+    cells: Sequence[Cell],
+    measured: Sequence[Measured],
 ) -> dict[str, Any]:
     """The content of `ablation.json`, from which the page is made."""
     seeds: dict[str, list[Measured]] = {}
@@ -87,14 +102,12 @@ def summary(
     for cell, one in zip(cells, measured, strict=True):
         seeds.setdefault(cell.variant.name, []).append(one)
         stages.setdefault(cell.variant.name, []).append(read_stage(cell))
-    tables = {
-        name: {metric.name: table_of(several, metric.name) for metric in METRICS} for name, several in seeds.items()
-    }
+    metrics = [metric.name for metric in METRICS if all(metric.name in one.values for one in measured)]
+    tables = {name: {metric: table_of(several, metric) for metric in metrics} for name, several in seeds.items()}
     curves = {
         key: {name: [held_out(s, key) for s in several] for name, several in stages.items()}
         for key in (FLOW, PERCEPTUAL)
     }
-    tokens = {name: several[0].tokens for name, several in seeds.items()}
     whole = next(iter(points))
     claims = claims_of(points, tokens, tables, curves[FLOW])
     return {
@@ -126,13 +139,13 @@ def summary(
             }
             for name, point in points.items()
         ],
-        "seed_std": {metric.name: seed_std([tables[name][metric.name] for name in points]) for metric in METRICS},
+        "seed_std": {metric: seed_std([tables[name][metric] for name in points]) for metric in metrics},
         "claims": [claim.as_dict() for claim in claims],
     }
 
 
 def table_of(several: Sequence[Measured], metric: str) -> NDArray[np.float64]:
-    """[seeds, pictures]."""
+    """[seeds, pictures], or [seeds, 1] for a figure of all pictures together."""
     return np.array([one.values[metric] for one in several])
 
 

@@ -17,12 +17,13 @@ from unicom_dist.tracking.report.html import Child, Markup, join, table, tag
 from unicom_dist.tracking.report.pictures import embed
 from unicom_dist.train.ablation.codec_claims import label, reference_width
 from unicom_dist.train.ablation.codec_grid import TABLE_4, Point, published
-from unicom_dist.train.ablation.reconstruction import METRICS, PSNR
+from unicom_dist.train.ablation.reconstruction import METRICS, PSNR, RFID, Metric
 
 Result = Mapping[str, Any]
 COLORS = {"identity": "#1c2430", "attention": "#3465a4", "mlp": "#c4601d"}
 FEWER = {"identity": "#8a93a0", "attention": "#8fb4dd", "mlp": "#e9b48c"}  # the same with a quarter of the tokens
 STYLES = {"agrees": "good", "disagrees": "poor"}
+STACK = "display: grid; gap: 14px; max-width: 860px"
 ARROWS = {"higher": "↑", "lower": "↓"}
 
 
@@ -121,16 +122,16 @@ def equal_steps(result: Result) -> Markup:
     for variant in result["variants"]:
         values = variant["tokens"] * variant["channels"]
         cells: list[Child] = [name_of(variant), f"{values:,}", f"{variant['parameters'] / 1e6:.2f} M"]
-        for metric in METRICS:
+        for metric in metrics_of(result):
             estimate = variant["figures"][metric.name]
             interval = tag("small", _interval(estimate, metric.digits))
             cells.append(join(f"{estimate['mean']:.{metric.digits}f} ", interval))
         rows.append(cells)
     head: list[Child] = ["tokens × channels", "values", "parameters"]
-    head += [f"{metric.name} {metric.unit} {ARROWS[metric.better]}" for metric in METRICS]
+    head += [f"{metric.name} {metric.unit} {ARROWS[metric.better]}" for metric in metrics_of(result)]
     whole = name_of(result["variants"][0])
     charts = []
-    for metric in METRICS:
+    for metric in metrics_of(result):
         bars = [
             Bar(name_of(variant), *_numbers(variant["against_whole"][metric.name]), color_of(variant))
             for variant in result["variants"][1:]
@@ -140,7 +141,7 @@ def equal_steps(result: Result) -> Markup:
         "95 % intervals over seeds and pictures. Those of the table are wide because pictures differ; the charts"
         " compare variants seed by seed and picture by picture. Parameters: of compressor and decompressor."
     )
-    return join(table(head, rows, tuple(range(1, len(head)))), tag("p", note), *charts)
+    return join(table(head, rows, tuple(range(1, len(head)))), tag("p", note), tag("div", *charts, style=STACK))
 
 
 def equal_scalars(result: Result) -> Markup | None:
@@ -149,7 +150,7 @@ def equal_scalars(result: Result) -> Markup | None:
     if claim is None:
         return None
     charts = []
-    for metric in METRICS:
+    for metric in metrics_of(result):
         found = [finding for finding in claim["findings"] if finding["metric"] == metric.name]
         bars = [
             Bar(f"{f['left']} | {f['right'].partition(',')[0]}", *_numbers(f["difference"]), "#3465a4") for f in found
@@ -157,7 +158,7 @@ def equal_scalars(result: Result) -> Markup | None:
         zero = "as good with a quarter of the tokens"
         charts.append(forest(f"{metric.name}: all tokens minus a quarter of them", bars, metric.unit, zero=zero))
     text = f"{_sentence(claim['verdict'])} Both sides of a pair have as many values per picture and the same steps."
-    return join(tag("p", text), *charts)
+    return join(tag("p", text), tag("div", *charts, style=STACK))
 
 
 def beside_paper(result: Result) -> Markup:
@@ -168,16 +169,20 @@ def beside_paper(result: Result) -> Markup:
             if published(point_of(variant)) is row:
                 kind = {"identity": "none", "mlp": "MLP", "attention": "MHA"}[row.kind]
                 there: list[Child] = [f"{kind}, {row.tokens} × {row.channels}", row.rfid, row.psnr, row.ssim]
-                figures = [_mean(variant, metric.name, metric.digits) for metric in METRICS]
+                figures = [_mean(variant, metric.name, metric.digits) for metric in metrics_of(result)]
                 rows.append([*there, name_of(variant), *figures])
     head: list[Child] = ["paper", "rFID ↓", "PSNR ↑", "SSIM ↑", "here"]
-    head += [f"{metric.name} {ARROWS[metric.better]}" for metric in METRICS]
+    head += [f"{metric.name} {ARROWS[metric.better]}" for metric in metrics_of(result)]
+    rfid = (
+        f" rFID here is of {result['pictures']} pictures, which raises it much: compare it within this page only."
+        if RFID in metrics_of(result)
+        else " rFID is not measured here: of so few pictures it says little."
+    )
     note = (
         "UniCom (arXiv 2603.10702), table 4: ImageNet at 1024 px, FLUX.1-dev as decoder, SigLIP2 with 1152 channels."
         " Compare the differences between rows, not the figures: pictures, encoder, decoder and size are others here."
-        " rFID is not measured here: on so few pictures it says little."
     )
-    return join(table(head, rows, (1, 2, 3, *range(5, len(head)))), tag("p", note))
+    return join(table(head, rows, (1, 2, 3, *range(5, len(head)))), tag("p", note + rfid))
 
 
 def curves(result: Result) -> Markup | None:
@@ -218,13 +223,19 @@ def method(result: Result) -> Markup:
         " in equal steps, not where they would end." + by_seed,
         "Spatial variants make one token of 2 × 2, by their mean or by a learned query, before channels are narrowed.",
         "Held-out pictures are drawn anew from their features with the same noise for every variant. PSNR, SSIM and"
-        " LPIPS (VGG; training looks through AlexNet) compare pictures at the size that is drawn.",
+        " LPIPS (VGG; training looks through AlexNet) compare pictures at the size that is drawn, feature cosine what"
+        " the encoder sees in them.",
         "Intervals are t intervals over seeds and pictures at once (variance of the seeds' means plus that of the"
         " pictures' means, degrees of freedom after Satterthwaite); of flow losses over seeds alone. They are not"
         " corrected for the number of comparisons. A verdict needs the whole interval on one side: “agrees” on the"
         " side of the claim, “disagrees” on the other, else “not decided”.",
     ]
     return join(*(tag("p", text) for text in texts))
+
+
+def metrics_of(result: Result) -> list[Metric]:
+    """Those that were measured."""
+    return [metric for metric in METRICS if metric.name in result["seed_std"]]
 
 
 def name_of(variant: Mapping[str, Any]) -> str:

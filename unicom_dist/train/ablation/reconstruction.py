@@ -1,32 +1,30 @@
-"""What every codec of an ablation is measured by: the same held-out pictures, drawn anew with the same noise.
+"""What every codec of an ablation is measured by: the reconstruction suite's figures on the same held-out pictures.
 
 Figures are kept per picture, so that variants can be compared picture by picture, in `measured.json` of the run
-directory; the first pictures in `reconstructions.png` beside it, side by side. Both are written once per weights.
+directory; some pictures in `reconstructions.png` beside it, side by side. Both are written once per weights.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
+import numpy as np
 from PIL import Image
 
-from unicom_dist.config.errors import ConfigError
+from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config
 from unicom_dist.data.pairs import spread
-from unicom_dist.evaluate.heldout import Pair, read_pairs, to_unit
-from unicom_dist.evaluate.image_metrics import psnr, ssim
-from unicom_dist.evaluate.reconstruction import Distance, reconstruct
+from unicom_dist.evaluate import ruler as rulers
+from unicom_dist.evaluate.frechet import FeatureSums, frechet_distance
+from unicom_dist.evaluate.picture_pairs import CodecPairs, PicturePair, with_codec_of
 from unicom_dist.evaluate.rows import Better
-from unicom_dist.objective.perceptual import Lpips
-from unicom_dist.sample.loading import find_parts
-from unicom_dist.sample.pictures import PictureCodec
-from unicom_dist.sample.pipeline import UniComPipeline
+from unicom_dist.evaluate.ruler import Ruler
 from unicom_dist.train.ablation.cells import DOCS, Cell
 
 FILE, STRIP = "measured.json", "reconstructions.png"
+TOGETHER = 32  # pictures drawn and judged at a time
 
 
 @dataclass(frozen=True)
@@ -39,22 +37,23 @@ class Metric:
     digits: int = 3
 
 
-PSNR = Metric("PSNR", "dB", "higher", 2)
-SSIM = Metric("SSIM", "", "higher")
-LPIPS = Metric("LPIPS", "", "lower")
-METRICS = (PSNR, SSIM, LPIPS)
+PSNR = Metric("PSNR", "dB", rulers.METRICS["psnr"].better, 2)
+SSIM = Metric("SSIM", "", rulers.METRICS["ssim"].better)
+LPIPS = Metric("LPIPS", "", rulers.METRICS["lpips"].better)
+COSINE = Metric("feature cosine", "", rulers.METRICS["cosine"].better)
+RFID = Metric("rFID", "", "lower", 2)
+OF_PAIRS = {"psnr": PSNR, "ssim": SSIM, "lpips": LPIPS, "cosine": COSINE}
+METRICS = (*OF_PAIRS.values(), RFID)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A training's figures: per metric one value per held-out picture, in the order of `keys`."""
+    """A training's figures: by the metric's name a value per picture, in the order of `keys`; one in all for rFID."""
 
     keys: list[str]
-    tokens: int  # latents of a picture, and their channels
-    channels: int
     parameters: int  # of compressor and decompressor
     values: dict[str, list[float]]
-    settings: dict[str, Any]  # by which it was measured
+    identity: dict[str, Any]  # what they depend on
 
     def mean(self, metric: Metric) -> float:
         """Over the pictures."""
@@ -62,126 +61,85 @@ class Measured:
         return sum(values) / len(values)
 
 
-@dataclass(frozen=True)
-class Judges:
-    """The network that judges: LPIPS with the VGG trunk, where training looks through AlexNet."""
-
-    lpips: Distance
-
-    @classmethod
-    def load(cls, config: Config, device: torch.device) -> "Judges":
-        """From the recipe's `eval` section. ConfigError or DataError: a file is missing."""
-        lpips = Lpips.load("vgg", config.eval.lpips_path).eval().to(device)
-        return cls(lambda a, b: lpips(a.to(device), b.to(device)).cpu())
-
-
 def measure(
-    cells: Sequence[Cell], config: Config, say: Callable[[str], None], judges: Judges | None = None
+    cells: Sequence[Cell], config: Config, say: Callable[[str], None], ruler: Ruler | None = None
 ) -> tuple[list[Measured], list[Image.Image]]:
-    """The figures of every training, and the first of the pictures they were measured on.
+    """The figures of every training, and the originals of the pictures that are shown.
 
     Reads what was measured before and measures the rest. ConfigError, DataError, CheckpointError: something is missing.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = read_heldout(cells[0], config)
-    found = []
+    found, originals = [], []
     for cell in cells:
-        pipeline = UniComPipeline.from_pretrained(cell.folder, device)
-        settings = settings_of(config, pipeline.content["fingerprint"])
-        measured = read(cell, settings, pairs)
+        source = CodecPairs(cell.folder, with_codec_of(cell.folder, config), config.eval.images)
+        shown = spread(config.ablation.pictures, len(source.keys))
+        originals = originals or [picture.convert("RGB") for picture in source.originals(shown)]
+        judged = config.eval.model_dump(mode="json", include={"fid_path", "fid_protocol", "lpips_path"})
+        identity = {**source.identity, **judged, "shown": len(shown)}
+        measured = read(cell, identity)
         if measured is None:
-            judges = judges or Judges.load(config, device)
-            rebuilt = reconstruct(pipeline, pairs, config)
-            measured = figures(pipeline, pairs, rebuilt, judges, settings)
-            strip(rebuilt[: config.ablation.pictures]).save(cell.folder / STRIP)
+            ruler = ruler or Ruler.load(config.eval, config.encoder)
+            measured, rebuilt = figures(source, ruler, identity)
+            strip([rebuilt[number] for number in spread(len(shown), len(rebuilt))]).save(cell.folder / STRIP)
             write(cell, measured)
-            say(f"{cell.name}: {'  '.join(f'{m.name} {measured.mean(m):.{m.digits}f}' for m in METRICS)}")
+            told = [metric for metric in METRICS if metric.name in measured.values]
+            say(f"{cell.name}: {'  '.join(f'{m.name} {measured.mean(m):.{m.digits}f}' for m in told)}")
         found.append(measured)
-    return found, [pair.picture for pair in pairs[: config.ablation.pictures]]
+    return found, originals
 
 
-def read_heldout(cell: Cell, config: Config) -> list[Pair]:
-    """`eval.images` held-out pairs, those evenly spread come first that are shown. ConfigError: fewer are shown."""
-    encoder = json.loads((find_parts(cell.folder).codec / "config.json").read_text(encoding="utf-8"))
-    pairs = read_pairs(config, "heldout", encoder["encoder_fingerprint"])
-    chosen = [pairs[number] for number in spread(config.eval.images, len(pairs))]
-    shown = spread(config.ablation.pictures, len(chosen))
-    if len(shown) < config.ablation.pictures:
-        raise ConfigError(
-            f"ablation.pictures = {config.ablation.pictures}",
-            f"{len(chosen)} held-out pictures are measured",
-            f"use at most {len(chosen)}, or raise eval.images",
-            DOCS,
+def figures(source: CodecPairs, ruler: Ruler, identity: dict[str, Any]) -> tuple[Measured, list[Image.Image]]:
+    """All figures of a codec's held-out pictures, and what it made of them. DataError: no picture can be read."""
+    pairs: list[PicturePair] = []
+    values: dict[str, list[float]] = {}
+    sums: tuple[FeatureSums, FeatureSums] | None = None
+    for first in range(0, len(source.keys), TOGETHER):
+        some, _ = source.pairs(range(first, min(first + TOGETHER, len(source.keys))))
+        if not some:
+            continue
+        pairs += some
+        measured = ruler.measure(some)
+        for key, scores in measured.scores.items():
+            values.setdefault(OF_PAIRS[key].name, []).extend(scores.tolist())
+        if measured.originals is not None and measured.rebuilt is not None:
+            part = FeatureSums.of(measured.originals), FeatureSums.of(measured.rebuilt)
+            sums = part if sums is None else (sums[0] + part[0], sums[1] + part[1])
+    if not pairs:
+        raise DataError(
+            "no held-out picture can be read", "there is nothing to measure", "run `unicom data check`", DOCS
         )
-    return [chosen[n] for n in shown] + [pair for n, pair in enumerate(chosen) if n not in set(shown)]
-
-
-@torch.no_grad()
-def figures(
-    pipeline: PictureCodec,
-    pairs: Sequence[Pair],
-    rebuilt: Sequence[Image.Image],
-    judges: Judges,
-    settings: Mapping[str, Any],
-) -> Measured:
-    """All metrics of `rebuilt` against the pairs' pictures."""
-    truth, images = to_unit([pair.picture for pair in pairs]), to_unit(rebuilt)
-    pieces = zip(torch.split(images, 16), torch.split(truth, 16), strict=True)
-    values = {
-        PSNR: psnr(images, truth),
-        SSIM: ssim(images, truth),
-        LPIPS: torch.cat([judges.lpips(a * 2 - 1, b * 2 - 1) for a, b in pieces]),
-    }
-    (latents,) = pipeline.encode([pairs[0].features])
-    codec = pipeline.codec
+    values = {name: scores for name, scores in values.items() if np.isfinite(scores).all()}  # all are large enough
+    if sums is not None:
+        values[RFID.name] = [frechet_distance(*sums)]
+    codec = source.codec.codec
     parameters = sum(p.numel() for part in (codec.compressor, codec.decompressor) for p in part.parameters())
-    return Measured(
-        keys=[pair.key for pair in pairs],
-        tokens=latents.values.shape[0],
-        channels=latents.values.shape[1],
-        parameters=parameters,
-        values={metric.name: value.double().tolist() for metric, value in values.items()},
-        settings=dict(settings),
-    )
+    keys = [pair.key for pair in pairs]
+    return Measured(keys, parameters, values, identity), [pair.rebuilt for pair in pairs]
 
 
 def strip(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size side by side."""
-    width, height = pictures[0].size
-    canvas = Image.new("RGB", (width * len(pictures), height))
+    """Pictures side by side, each on a square as large as the longest side of all."""
+    side = max(max(picture.size) for picture in pictures)
+    canvas = Image.new("RGB", (side * len(pictures), side), (255, 255, 255))
     for number, picture in enumerate(pictures):
-        canvas.paste(picture, (width * number, 0))
+        canvas.paste(picture, (side * number + (side - picture.width) // 2, (side - picture.height) // 2))
     return canvas
 
 
-def strip_of(cell: Cell, pictures: int) -> list[Image.Image]:
+def strip_of(cell: Cell) -> list[Image.Image]:
     """The pictures of a training's strip. OSError: there is none."""
     with Image.open(cell.folder / STRIP) as opened:
         whole = opened.convert("RGB")
-    width = whole.width // pictures
-    return [whole.crop((width * n, 0, width * (n + 1), whole.height)) for n in range(pictures)]
+    side = whole.height
+    return [whole.crop((left, 0, left + side, side)) for left in range(0, whole.width, side)]
 
 
-def settings_of(config: Config, fingerprint: str) -> dict[str, Any]:
-    """What the figures depend on besides the pictures; `fingerprint` stands for the weights."""
-    sample = config.sample
-    return {
-        "codec": fingerprint,
-        "decoder_steps": sample.decoder_steps,
-        "solver": sample.solver,
-        "seed": sample.seed,
-        "pictures": config.ablation.pictures,
-    }
-
-
-def read(cell: Cell, settings: Mapping[str, Any], pairs: Sequence[Pair]) -> Measured | None:
-    """What was measured before by the same settings on the same pictures; None if it was not."""
+def read(cell: Cell, identity: dict[str, Any]) -> Measured | None:
+    """What was measured before of the same; None if it was not."""
     try:
         measured = Measured(**json.loads((cell.folder / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    same = measured.settings == dict(settings) and measured.keys == [pair.key for pair in pairs]
-    return measured if same and (cell.folder / STRIP).is_file() else None
+    return measured if measured.identity == identity and (cell.folder / STRIP).is_file() else None
 
 
 def write(cell: Cell, measured: Measured) -> None:
