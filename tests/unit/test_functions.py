@@ -145,22 +145,6 @@ def test_recomputation_changes_no_gradient(mode: str, dtype: torch.dtype) -> Non
         assert torch.equal(plain, recomputed)
 
 
-def test_gradients_of_packed_attention_survive_giving_its_result_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With padding in a bucket: rows rebuilt from elsewhere must not reach anybody."""
-    segments = [Segment(0, "causal", 8), Segment(1, "noise", 7), Segment(2, "causal", 3)]
-    found = []
-    for replaces in (True, False):
-        if not replaces:
-            monkeypatch.setattr(Kept, "replace", lambda *_: None)
-        draw = torch.Generator().manual_seed(2)
-        tensors = [torch.randn(18, n, 6, generator=draw, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)]
-        out = AttentionPlan.build(segments, torch.float64)(0, *tensors)
-        (out * torch.randn(out.shape, generator=draw, dtype=torch.float64)).sum().backward()
-        found.append([tensor.grad for tensor in tensors])
-    for mine, plain in zip(*found, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.slow
 def test_compiled_functions_equal_the_plain_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "_FORMS", dict(functions._FORMS))

@@ -2,6 +2,7 @@
 
 import torch
 
+from unicom_dist.models.attention import AttentionPlan
 from unicom_dist.models.segments import PackedBatch, Segment
 
 
@@ -35,4 +36,8 @@ def test_to_moves_every_tensor_and_keeps_the_rest() -> None:
     tensors = [value for value in (getattr(moved, name) for name in PackedBatch.__slots__) if torch.is_tensor(value)]
     assert len(tensors) == 17
     assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert moved.plan is None
+    batch.plan = AttentionPlan.build(batch.segments, torch.float32)
+    assert batch.to("cpu").plan is batch.plan
+    assert batch.to("meta").plan is not batch.plan
     assert batch.token_ids.device.type == "cpu"

@@ -1,22 +1,20 @@
 """Attention over packed samples: the definition (`visible`) and a fast form equal to it (`AttentionPlan`).
 
-Samples of similar length are padded to a common length and attended as one batch, each with its own visibility; nothing
-is computed between samples. A plan is built once per batch and used by every layer.
-Shapes: S positions, H query heads and G key heads of K channels, B samples of a bucket padded to L.
+A plan is built once per batch, from the segments alone, and used by every layer. It is a list of calls of an attention
+kernel (`attention_plan.py` says which): rectangles of queries and keys, which read the layer's tensors where they lie,
+and batches of short samples.
+Shapes: S positions, H query heads and G key heads of K channels, r = H / G; a call has n queries and L keys.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from unicom_dist.models.kept import Kept
-from unicom_dist.models.layers import attend
+from unicom_dist.models.attention_kernels import computed_in, kernel_for
+from unicom_dist.models.attention_plan import Document, Piece, plan_calls
 from unicom_dist.models.segments import Segment
-
-SHORTEST_IN_BUCKET = 0.75  # of the longest: bounds the padding, keeps the buckets few
 
 
 class Attend(Protocol):
@@ -24,6 +22,13 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [S, H, K], key and value [S, G, K] -> [S, H, K]."""
+
+
+class Plan(Attend, Protocol):
+    """An `Attend` of one batch, made from its segments."""
+
+    def to(self, device: torch.device | str) -> "Plan":
+        """The same on `device`."""
 
 
 class _Spread(NamedTuple):
@@ -107,71 +112,167 @@ def rearrange(x: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
 
 
 class AttentionPlan:
-    """Where each position goes in the padded batches, and what it sees there."""
+    """The calls that compute the attention of a row, and their masks. An `Attend`."""
 
-    def __init__(self, buckets: list[tuple[int, int, Tensor | None]], gather: Tensor, scatter: Tensor) -> None:
-        """Use `build`. buckets: (B, L, bias [B, 1, L, L]); gather [sum B L]: position; scatter [S]: padded place."""
-        self.buckets, self.gather, self.scatter = buckets, gather, scatter
+    def __init__(self, pieces: Sequence[Piece], stairs: Tensor, batches: "Sequence[_Whole]") -> None:
+        """Use `build`. stairs: the mask of all pieces of text, each of which reads a corner of it."""
+        self._pieces, self._stairs, self._batches = pieces, stairs, batches
+        self._calls = [*(_Cut(piece, stairs) for piece in pieces), *batches]
 
     @classmethod
     def build(
         cls, segments: Sequence[Segment], dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> "AttentionPlan":
         """The plan of a batch; `dtype` is that of the queries."""
-        spread = _spread(segments)
-        lengths = torch.unique_consecutive(spread.sample, return_counts=True)[1]
-        starts = lengths.cumsum(0) - lengths
-        order = lengths.argsort(descending=True, stable=True).tolist()
-        length_of = lengths.tolist()
-        groups: list[list[int]] = []
-        for sample in order:
-            if not groups or length_of[sample] < SHORTEST_IN_BUCKET * length_of[groups[-1][0]]:
-                groups.append([])
-            groups[-1].append(sample)
-        buckets: list[tuple[int, int, Tensor | None]] = []
-        gathers, scatter, place = [], torch.empty(spread.sample.shape[0], dtype=torch.int64), 0
-        for group in groups:
-            size, longest = len(group), length_of[group[0]]
-            offset = torch.arange(longest)
-            index = torch.tensor(group)
-            real = offset < lengths[index, None]
-            gather = torch.where(real, starts[index, None] + offset, 0)
-            sees = _sees(offset, _Spread(*(field[gather] for field in spread)))
-            # A padded query sees itself alone: its softmax stays finite and its values and gradients touch nobody.
-            sees = torch.where(real[:, :, None], sees & real[:, None, :], torch.eye(longest, dtype=torch.bool))
-            bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf"))
-            buckets.append((size, longest, bias[:, None].to(device)))
-            scatter[gather[real]] = (torch.arange(size)[:, None] * longest + offset)[real] + place
-            gathers.append(gather.flatten())
-            place += size * longest
-        gather = torch.cat(gathers) if gathers else scatter
-        return cls(buckets, gather.to(device), scatter.to(device))
+        calls = plan_calls(segments)
+        masks = torch.float64 if dtype == torch.float64 else torch.float32
+        return cls(calls.pieces, _stairs(calls.pieces, masks), [_whole(d, masks) for d in calls.batches]).to(device)
+
+    def to(self, device: torch.device | str) -> "AttentionPlan":
+        """The same plan with its masks on `device`."""
+        if torch.device(device) == self._stairs.device:
+            return self
+        batches = [_Whole(*(tensor.to(device, non_blocking=True) for tensor in batch)) for batch in self._batches]
+        return AttentionPlan(self._pieces, self._stairs.to(device, non_blocking=True), batches)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [S, H, K], key and value [S, G, K] -> [S, H, K]; the same for every layer."""
-        if not self.buckets:
-            return query
-        heads, key_heads = query.shape[1], key.shape[1]
-        joined = rearrange(torch.cat([query, key, value], 1), self.gather, self.scatter)
-        outs, savings = [], []
-        for (size, longest, bias), piece in zip(
-            self.buckets, torch.split(joined, [size * longest for size, longest, _ in self.buckets]), strict=True
-        ):
-            piece = piece.view(size, longest, -1, query.shape[2]).transpose(1, 2)
-            q, k, v = torch.split(piece, [heads, key_heads, key_heads], dim=1)
-            with Kept() as kept:
-                padded = attend(q, k, v, bias).transpose(1, 2)
-            outs.append(padded.reshape(size * longest, heads, -1))
-            savings.append((kept, padded))
-        out = rearrange(torch.cat(outs), self.scatter, self.gather)
-        # The kernels need their own result in the backward pass; the next product keeps `out`, the same numbers.
-        place = 0
-        for kept, padded in savings:
-            rows = self.gather[place : place + padded.shape[0] * padded.shape[1]]
-            place += len(rows)
-            kept.replace(padded, partial(_padded, out.detach(), rows, padded.shape))
+        out: Tensor = _Packed.apply(self._calls, query, key, value)  # type: ignore[no-untyped-call]
         return out
 
 
-def _padded(out: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    return out.index_select(0, rows).view(shape)
+class _Packed(torch.autograd.Function):
+    """All calls of a plan. Between forward and backward only inputs, result and a number per query are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, calls: "Sequence[_Cut | _Whole]", query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [S, H, K], key and value [S, G, K] -> [S, H, K]."""
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        q, k, v = (x.to(computed_in(query)) for x in (query, key, value))
+        heads, groups = q.shape[1], k.shape[1]
+        normalisers = []
+        for call in calls:
+            mine, seen = call.queries(q, groups), (call.keys(k, heads), call.keys(v, heads))
+            result, normaliser = kernel_for(mine, seen[0]).forward(mine, *seen, call.bias, call.causal)
+            call.put(out, result)
+            normalisers.append(normaliser)
+        ctx.save_for_backward(query, key, value, out, *normalisers)
+        ctx.calls = calls
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value; what several calls find for a key is summed in float32."""
+        query, key, value, out, *normalisers = ctx.saved_tensors
+        q, k, v, out, grad = (x.to(computed_in(query)) for x in (query, key, value, out, grads[0]))
+        heads, groups = q.shape[1], k.shape[1]
+        d_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        sums = torch.promote_types(key.dtype, torch.float32)
+        d_key, d_value = (torch.zeros(x.shape, dtype=sums, device=x.device) for x in (key, value))
+        for call, normaliser in zip(ctx.calls, normalisers, strict=True):
+            mine, seen = call.queries(q, groups), (call.keys(k, heads), call.keys(v, heads))
+            results = (call.queries(out, groups), normaliser)
+            dq, dk, dv = kernel_for(mine, seen[0]).backward(
+                call.queries(grad, groups), mine, *seen, *results, call.bias, call.causal
+            )
+            call.put(d_query, dq)
+            call.add(d_key, dk)
+            call.add(d_value, dv)
+        return None, d_query, d_key.to(key.dtype), d_value.to(value.dtype)
+
+
+class _Cut:
+    """A piece: its queries are a stretch of the row, its keys one or several. Read where they lie, not copied."""
+
+    def __init__(self, piece: Piece, stairs: Tensor) -> None:
+        self._queries, self._keys = slice(piece.begin, piece.end), [slice(*places) for places in piece.keys]
+        self.causal = piece.causal and not piece.before
+        self.bias: Tensor | None = None
+        if piece.causal and piece.before:
+            n, before = piece.end - piece.begin, stairs.shape[1] - stairs.shape[0]
+            self.bias = stairs[None, None, :n, before - piece.before : before + n]
+
+    def queries(self, x: Tensor, groups: int) -> Tensor:
+        """[S, H, K] -> [1, H, n, K], or [G, r, n, K] where heads share keys."""
+        return _heads(x[self._queries], 1 if x.shape[1] == groups else groups)
+
+    def keys(self, x: Tensor, heads: int) -> Tensor:
+        """[S, G, K] -> [1, H, L, K], or [G, r, L, K] where heads share keys: one memory."""
+        parts = [x[places] for places in self._keys]
+        seen = parts[0] if len(parts) == 1 else torch.cat(parts)
+        split = 1 if x.shape[1] == heads else x.shape[1]
+        return _heads(seen, split).expand(-1, heads // split, -1, -1)
+
+    def put(self, into: Tensor, y: Tensor) -> None:
+        """The reverse of `queries`: [1, H, n, K] or [G, r, n, K] into [S, H, K]."""
+        into[self._queries].copy_(y.permute(2, 0, 1, 3).flatten(1, 2))
+
+    def add(self, into: Tensor, y: Tensor) -> None:
+        """The gradient of `keys`: [1, H, L, K] or [G, r, L, K] onto [S, G, K]."""
+        if y.shape[0] * y.shape[1] != into.shape[1]:
+            y = y.sum(1, keepdim=True)
+        y = y.permute(2, 0, 1, 3).flatten(1, 2)
+        for places, part in zip(self._keys, y.split([s.stop - s.start for s in self._keys]), strict=True):
+            into[places].add_(part)
+
+
+def _heads(x: Tensor, split: int) -> Tensor:
+    """[n, H, K] -> [split, H / split, n, K], a view."""
+    return x.unflatten(1, (split, -1)).permute(1, 2, 0, 3)
+
+
+def _stairs(pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
+    """[n, p + n]: row i is zero up to column p + i, then minus infinity; at most n queries with p keys before them."""
+    masked = [piece for piece in pieces if piece.causal and piece.before]
+    n = max((piece.end - piece.begin for piece in masked), default=0)
+    before = max((piece.before for piece in masked), default=0)
+    return torch.full((n, before + n), float("-inf"), dtype=dtype).triu_(before + 1)
+
+
+class _Whole(NamedTuple):
+    """A batch of B whole samples padded to L positions, under a mask. Read and written as copies."""
+
+    bias: Tensor  # [B, 1, L, L]
+    gather: Tensor  # [B L]: the position to read; for padding, any
+    places: Tensor  # [n]: where in `gather` there is no padding
+    positions: Tensor  # [n]: the positions read there
+
+    @property
+    def causal(self) -> bool:
+        """The mask says it."""
+        return False
+
+    def queries(self, x: Tensor, groups: int) -> Tensor:
+        """[S, H, K] -> [B, H, L, K]."""
+        return x.index_select(0, self.gather).unflatten(0, (len(self.bias), -1)).transpose(1, 2)
+
+    def keys(self, x: Tensor, heads: int) -> Tensor:
+        """[S, G, K] -> [B, H, L, K]."""
+        mine = self.queries(x, x.shape[1])
+        return mine if x.shape[1] == heads else mine.repeat_interleave(heads // x.shape[1], 1)
+
+    def put(self, into: Tensor, y: Tensor) -> None:
+        """The reverse of `queries`: [B, H, L, K] into [S, H, K]."""
+        rows = y.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
+        into.index_copy_(0, self.positions, rows.to(into.dtype))
+
+    def add(self, into: Tensor, y: Tensor) -> None:
+        """The gradient of `keys`: [B, H, L, K] into [S, G, K], where nobody else has any."""
+        self.put(into, y if y.shape[1] == into.shape[1] else y.unflatten(1, (into.shape[1], -1)).sum(2))
+
+
+def _whole(documents: Sequence[Document], dtype: torch.dtype) -> _Whole:
+    """The longest of `documents` comes first."""
+    length = torch.tensor([document.length for document in documents])
+    begin = torch.tensor([document.begin for document in documents])[:, None]
+    longest = documents[0].length
+    offset = torch.arange(longest)
+    real = offset < length[:, None]
+    spread = _spread([segment for document in documents for segment in document.segments])
+    rows = torch.where(real, (length.cumsum(0) - length)[:, None] + offset, 0)
+    sees = _sees(offset, _Spread(*(field[rows] for field in spread)))
+    # A padded query sees itself alone: its softmax stays finite and its values and gradients touch nobody.
+    sees = torch.where(real[:, :, None], sees & real[:, None, :], torch.eye(longest, dtype=torch.bool))
+    bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf"))[:, None]
+    positions = begin + offset
+    return _Whole(bias, torch.where(real, positions, begin).flatten(), real.flatten().nonzero()[:, 0], positions[real])

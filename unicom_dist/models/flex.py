@@ -17,36 +17,40 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from unicom_dist.models.segments import Segment
 
 BLOCK = 128  # positions; the kernels' own
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query, key -> visible
 
 
 class FlexPlan:
     """The same as an `AttentionPlan`, for GPUs. An `Attend`."""
 
-    def __init__(self, mask: BlockMask) -> None:
-        """Use `build`."""
-        self.mask = mask
+    def __init__(self, mask: BlockMask, rule: tuple[Tensor, ...]) -> None:
+        """Use `build`. rule: what the mask function reads."""
+        self.mask, self._rule = mask, rule
 
     @classmethod
-    def build(cls, segments: Sequence[Segment], device: torch.device | str, block: int = BLOCK) -> "FlexPlan":
-        """The plan of a batch."""
+    def build(cls, segments: Sequence[Segment], device: torch.device | str = "cpu", block: int = BLOCK) -> "FlexPlan":
+        """The plan of a batch: the block mask that `create_block_mask` would find by looking at every pair."""
         table = _table(segments)
         pairs = visible_pairs(table, block)
         length = int(table.length.sum())
-        ends = (torch.arange(pairs.shape[0]) + 1) * block <= length  # a block beyond the last position is never full
-        whole = (pairs == block * block) & ends[:, None] & ends
-        partial = (pairs > 0) & ~whole
-        some, some_index = _ordered(partial, device)
-        all_of, all_index = _ordered(whole, device)
+        whole = pairs == block * block
+        rule = _rule(table)
         mask = BlockMask.from_kv_blocks(
-            some,
-            some_index,
-            all_of,
-            all_index,
+            *_ordered((pairs > 0) & ~whole),
+            *_ordered(whole),
             BLOCK_SIZE=block,
-            mask_mod=_rule(table, device),
+            mask_mod=_sees(*rule),
             seq_lengths=(length, length),
         )
-        return cls(mask)
+        return cls(mask, rule).to(device)
+
+    def to(self, device: torch.device | str) -> "FlexPlan":
+        """The same plan on `device`; as it is built on the CPU, that can be done beforehand."""
+        if torch.device(device) == self._rule[0].device:
+            return self
+        mask, rule = self.mask.to(device), tuple(tensor.to(device, non_blocking=True) for tensor in self._rule)
+        mask.mask_mod = _sees(*rule)
+        return FlexPlan(mask, rule)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [S, H, K], key and value [S, G, K] -> [S, H, K]; the same for every layer."""
@@ -89,21 +93,25 @@ def visible_pairs(table: _Table, block: int) -> Tensor:
     return (inside.T @ earlier + square.T @ square + triangle).long()
 
 
-def _ordered(chosen: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """How many of each row of [m, m] are chosen, [1, 1, m], and which, these first, [1, 1, m, m]; both int32."""
     index = chosen.int().argsort(dim=1, descending=True, stable=True)
-    return chosen.sum(1).int()[None, None].to(device), index.int()[None, None].contiguous().to(device)
+    return chosen.sum(1).int()[None, None], index.int()[None, None]
 
 
-def _rule(table: _Table, device: torch.device | str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's mask function: `_sees` of attention.py, in numbers per position."""
+def _rule(table: _Table) -> tuple[Tensor, ...]:
+    """Per position: the first and the last key that it may see, who alone sees it (-1: anybody), and its segment."""
     number = torch.arange(len(table.length)).repeat_interleave(table.length)
     position = torch.arange(len(number))
     together = table.sample[:, None] == table.sample
     first = table.start[together.int().argmax(1)][number]  # where the sample's first segment starts
     last = torch.where(table.two_way[number], table.stop[number] - 1, position)
-    owner = torch.where(table.hidden[number], number, -1)  # the only segment that sees the key; -1: any
-    first, last, owner, segment = (tensor.to(device, torch.int32) for tensor in (first, last, owner, number))
+    owner = torch.where(table.hidden[number], number, -1)
+    return tuple(tensor.int() for tensor in (first, last, owner, number))
+
+
+def _sees(first: Tensor, last: Tensor, owner: Tensor, segment: Tensor) -> MaskFunction:
+    """FlexAttention's mask function: `_sees` of attention.py, in numbers per position."""
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         within = (key >= first[query]) & (key <= last[query])

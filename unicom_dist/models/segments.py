@@ -9,10 +9,13 @@ Empty modalities are zero-length tensors, never None, so that every rank runs ev
 
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Optional
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from unicom_dist.models.attention import Plan
 
 Mode = Literal["causal", "full", "noise"]
 
@@ -48,7 +51,7 @@ class PackedBatch:
     latents: Tensor  # [N, d] clean and normalised; not a number where a compressor in training makes them
     noise: Tensor  # [N, d]
     t: Tensor  # [N], one value per image, repeated; t = 1 is data
-    flow_index: Tensor  # [F] int64, ascending: which of the latents are denoised; the others are clean references, t = 1
+    flow_index: Tensor  # [F] int64, ascending: the latents being denoised; the others are clean references, t = 1
     latent_index: Tensor  # [N] int64
     latent_grid: Tensor  # [N, 2] int64, (row, column)
     features: Tensor  # [M, D] raw encoder features
@@ -59,6 +62,7 @@ class PackedBatch:
     label_sample: Tensor  # [Y] int64, sample number of each label
     latent_sample: Tensor  # [N] int64
     target_features: Tensor = field(default_factory=partial(torch.zeros, 0, 0))  # [N, D], then; else empty
+    plan: Optional["Plan"] = None  # how `segments` attend, where that was prepared with the batch
 
     @property
     def num_positions(self) -> int:
@@ -68,4 +72,5 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> "PackedBatch":
         """A copy whose tensors are on `device`; dtypes are kept (the model casts at its border)."""
         tensors = {item.name: getattr(self, item.name) for item in fields(self) if item.type is Tensor}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, **moved, plan=self.plan and self.plan.to(device))

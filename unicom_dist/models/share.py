@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unicom_dist.config.layout import Layout
-from unicom_dist.models.attention import Attend, AttentionPlan, Take
+from unicom_dist.models.attention import Attend, AttentionPlan, Plan, Take
 from unicom_dist.models.segments import PackedBatch, Segment
 from unicom_dist.parallel.megatron import gather_positions
 from unicom_dist.parallel.mesh import Mesh
@@ -53,12 +53,20 @@ class Share:
         vectors: Tensor = Take.apply(embedding(ids[None])[:, 0], mine.token_index)  # type: ignore[no-untyped-call]
         return vectors
 
+    def plan(self, segments: list[Segment], dtype: torch.dtype) -> Plan:
+        """How a batch of these segments attends, for queries of `dtype`; made on the CPU, where the batch is made."""
+        padding = -sum(segment.length for segment in segments) % self._mesh.layout.sequence_cut
+        if padding:
+            segments = [*segments, Segment(segments[-1].sample + 1, "causal", padding)]
+        if not self.flex:
+            return AttentionPlan.build(segments, dtype)
+        from unicom_dist.models.flex import FlexPlan  # imports the compiler: more than a second of CPU
+
+        return FlexPlan.build(segments)
+
     def attend(self, batch: PackedBatch, dtype: torch.dtype) -> Attend:
         """Attention over the whole batch from the positions of a region. Collective over ulysses."""
-        padding = self._padded(batch) - batch.num_positions
-        extra = [Segment(batch.segments[-1].sample + 1, "causal", padding)] if padding else []
-        segments, device = [*batch.segments, *extra], batch.rope_positions.device
-        plan = self._flex_plan(segments, device) if self.flex else AttentionPlan.build(segments, dtype, device)
+        plan = batch.plan or self.plan(batch.segments, dtype).to(batch.rope_positions.device)
         if self._mesh.ulysses.size == 1:
             return plan
 
@@ -67,11 +75,6 @@ class Share:
             return positions_to_heads(self._mesh.ulysses, plan(layer, *heads))
 
         return attend
-
-    def _flex_plan(self, segments: list[Segment], device: torch.device) -> Attend:
-        from unicom_dist.models.flex import FlexPlan  # imports the compiler: more than a second of CPU
-
-        return FlexPlan.build(segments, device)
 
     def gather(self, hidden: Tensor) -> Tensor:
         """Hidden states of the region from those of the slices. Collective over tp."""
