@@ -29,8 +29,11 @@ def bootstrap(
     if not len(total):
         raise ValueError("an interval of no values")
     count = np.ones_like(total) if weights is None else np.asarray(weights, np.float64)
-    drawn = np.random.default_rng(0).integers(0, len(total), (resamples, len(total)))
-    means = total[drawn].sum(1) / np.maximum(count[drawn].sum(1), 1e-12)
+    random = np.random.default_rng(0)
+    means = []
+    for _ in range(resamples):
+        drawn = random.integers(0, len(total), len(total))
+        means.append(total[drawn].sum() / max(count[drawn].sum(), 1e-12))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

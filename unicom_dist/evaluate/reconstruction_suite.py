@@ -9,6 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from unicom_dist.evaluate.parts import Build, Execute, in_this_process, measure_
 from unicom_dist.evaluate.picture_pairs import CodecPairs, FolderPairs, PicturePair, PictureSource, with_codec_of
 from unicom_dist.evaluate.result import recipe_of, write_result
 from unicom_dist.evaluate.rows import Row
-from unicom_dist.evaluate.ruler import METRICS, Ruler
+from unicom_dist.evaluate.ruler import METRICS, Ruler, to_bytes
 from unicom_dist.evaluate.set_scores import Baseline, SetScores
 from unicom_dist.sample.grid import picture_grid
 
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 SUITE = "reconstruction"
 SHOWN, WORST = 24, 16  # pictures of a sheet
-MEAN_OF, MEAN_ON = 256, 64  # the baseline: mean of so many originals, measured on so many of them
+MEAN_OF, MEAN_ON = 256, 32  # the baseline: mean of so many originals, measured on so many of them
 COPIED = 4  # originals measured against themselves
 
 
@@ -124,15 +125,16 @@ def mean_picture_scores(source: PictureSource, ruler: Ruler) -> Baseline:
     total = np.sum([np.asarray(picture, np.float64) for picture in common], 0)
     flat = Image.fromarray(np.round(total / len(common)).astype(np.uint8))
     chosen = [common[number] for number in spread(MEAN_ON, len(common))]
-    measured = ruler.measure([PicturePair("", picture, flat) for picture in chosen])
+    measured = replace(ruler, fid=None).measure([PicturePair("", picture, flat) for picture in chosen])
     scores = {name: float(values.mean()) for name, values in measured.scores.items()}
-    return Baseline("mean image", scores, None if measured.rebuilt is None else measured.rebuilt[0])
+    features = None if ruler.fid is None else ruler.fid(to_bytes([flat]))[0].numpy()
+    return Baseline("mean image", scores, features)
 
 
 def _copy_scores(source: PictureSource, ruler: Ruler) -> dict[str, float]:
     """What a copy scores: the best there is, and a look at the ruler itself."""
     originals = source.originals(spread(COPIED, len(source.keys)))
-    measured = ruler.measure([PicturePair("", picture, picture) for picture in originals])
+    measured = replace(ruler, fid=None).measure([PicturePair("", picture, picture) for picture in originals])
     return {name: float(values.mean()) for name, values in measured.scores.items() if np.isfinite(values).all()}
 
 

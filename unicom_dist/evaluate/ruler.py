@@ -46,7 +46,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Of n pairs: `scores` by metric [n] float64; features [n, 2048] float32 of both sides, None without a network."""
+    """Of n pairs: `scores` by metric [n] float64; features [n, C] float32 of both sides, None without a network."""
 
     scores: dict[str, NDArray[np.float64]]
     originals: NDArray[np.float32] | None
@@ -77,15 +77,17 @@ class Ruler:
         for number, pair in enumerate(pairs):
             by_size.setdefault(pair.original.size, []).append(number)
         scores = {name: np.full(len(pairs), np.nan) for name in METRICS if name != "cosine" or self.encoder}
-        features = None if self.fid is None else np.zeros((2, len(pairs), 2048), np.float32)
+        features: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
         for numbers in by_size.values():
             originals = to_bytes([pairs[number].original for number in numbers]).to(self.device)
             rebuilt = to_bytes([pairs[number].rebuilt for number in numbers]).to(self.device)
             for name, values in self._of_one_size(originals, rebuilt).items():
                 scores[name][numbers] = values.cpu().numpy()
-            if self.fid is not None and features is not None:
-                features[0, numbers] = self.fid(originals).numpy()
-                features[1, numbers] = self.fid(rebuilt).numpy()
+            if self.fid is not None:
+                sides = self.fid(originals).numpy(), self.fid(rebuilt).numpy()
+                shape = (len(pairs), sides[0].shape[1])
+                features = features or (np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+                features[0][numbers], features[1][numbers] = sides
         if self.encoder is not None:
             scores["cosine"] = cosines(self.encoder, pairs)
         return Measured(scores, *(features if features is not None else (None, None)))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unicom_dist.config.errors import CheckpointError, ConfigError
+from unicom_dist.config.errors import CheckpointError, ConfigError, NonFiniteError
 from unicom_dist.config.schema import EncoderConfig
 from unicom_dist.data.buckets import Buckets, Shape
 from unicom_dist.data.decode import flatten
@@ -231,6 +231,14 @@ def padded(
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """[P, 3, H, W] in [-1, 1], clamped, as RGB pictures."""
+    """[P, 3, H, W] in [-1, 1], clamped, as RGB pictures. NonFiniteError: NaN, which as 8 bits would be some colour."""
+    broken = int(pixels.isnan().flatten(1).any(1).sum())
+    if broken:
+        raise NonFiniteError(
+            f"{broken} of {len(pixels)} pictures hold NaN",
+            "the decoder has diverged, or its precision is too low for what it computes",
+            "take an earlier checkpoint, or draw in float32",
+            DOCS,
+        )
     scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(item) for item in scaled.permute(0, 2, 3, 1).cpu().numpy()]

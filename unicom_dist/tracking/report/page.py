@@ -9,6 +9,7 @@ from unicom_dist.tracking.report import tables
 from unicom_dist.tracking.report.charts import Line, chart, number
 from unicom_dist.tracking.report.data import Curve, Run, load_run
 from unicom_dist.tracking.report.document import Section, document, write_page
+from unicom_dist.tracking.report.fidelity import fidelity
 from unicom_dist.tracking.report.html import Child, Markup, join, tag
 from unicom_dist.tracking.report.pictures import captions, pictures
 
@@ -51,6 +52,7 @@ def _sections(runs: list[Run]) -> list[Section]:
         ("reconstructions", "Reconstructions", _per_run(runs, [pictures(run, "reconstructions") for run in runs])),
         ("captions", "Captions", _per_run(runs, [captions(run) for run in runs])),
         ("evaluation", "Evaluation", tables.evaluation(runs)),
+        ("fidelity", "How reconstructions were measured", _per_run(runs, [fidelity(run) for run in runs])),
         ("curves", "Curves", curves(runs)),
         ("throughput", "Throughput", tables.throughput(runs)),
         ("configuration", "Configuration", _per_run(runs, [tables.configuration(run) for run in runs])),

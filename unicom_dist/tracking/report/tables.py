@@ -31,9 +31,16 @@ def evaluation(runs: list[Run]) -> Markup | None:
 
 
 def evaluation_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows of eval.json; [] when there are none."""
-    rows = run.evaluation.get("rows")
-    return [row for row in rows if isinstance(row, dict) and "metric" in row] if isinstance(rows, list) else []
+    """The rows of eval.json, those of its further suites after the quick one's; [] when there are none."""
+    parts = [run.evaluation, *suites(run).values()]
+    rows = [row for part in parts if isinstance(part.get("rows"), list) for row in part["rows"]]
+    return [row for row in rows if isinstance(row, dict) and "metric" in row]
+
+
+def suites(run: Run) -> dict[str, dict[str, Any]]:
+    """What eval.json holds of further suites, by name."""
+    found = run.evaluation.get("suites")
+    return {name: part for name, part in found.items() if isinstance(part, dict)} if isinstance(found, dict) else {}
 
 
 def _evaluation_row(row: dict[str, Any]) -> list[Child]:
