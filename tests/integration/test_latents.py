@@ -261,6 +261,7 @@ def test_an_interrupted_job_goes_on_after_its_finished_shards(
 
 def test_latents_keep_the_ratio_of_the_picture_in_every_bucket(tmp_path: Path) -> None:
     aspect = {"codec": {"decoder": {"buckets": "aspect"}}, "encoder": {"crop": "bucket"}}
+    write_tiny_assets(tmp_path)
     config = tiny_config(tmp_path, **aspect)
     sizes = [(32, 32), (64, 20), (20, 64), (30, 16)]
     write_tiny_sets(config, 12, feature_channels=24, sizes=sizes)

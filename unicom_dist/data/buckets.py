@@ -55,7 +55,8 @@ class Buckets:
         """`of` for every (width, height) of sizes [n, 2]; unreadable pictures, of size 0, count as squares."""
         width, height = np.where(sizes.min(1, keepdims=True) > 0, sizes, 1).T
         ratios = np.searchsorted(BETWEEN, width / height, side="right")
-        return np.array(self._of_ratio, np.int8)[ratios if self.aspect else 0 * ratios]
+        numbers: NDArray[np.int8] = np.array(self._of_ratio, np.int8)[ratios if self.aspect else 0 * ratios]
+        return numbers
 
     def shape_of(self, width: int, height: int) -> Shape:
         """The shape in which a picture of width x height pixels, or of that ratio, is drawn."""
