@@ -18,12 +18,12 @@ from unicom_dist.tracking.metrics import read_metrics
 from unicom_dist.train.signals import StopRequest
 
 
-def tiny_run(folder: Path, **overrides: Any) -> Config:
+def tiny_run(folder: Path, feature_channels: int = 12, **overrides: Any) -> Config:
     """The tiny configuration below `folder`; its data is written on the first call."""
     config = tiny_config(folder, **overrides)
     if not (folder / "data").exists():
         write_tiny_assets(folder)
-        write_tiny_sets(config)
+        write_tiny_sets(config, feature_channels=feature_channels)
         for name in ("train", "heldout"):
             manifest = Manifest.read(folder / "data" / name, "random")
             manifest.fingerprint = encoder_fingerprint(config.encoder)
