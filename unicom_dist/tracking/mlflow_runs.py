@@ -29,7 +29,7 @@ PARENT = ""  # the stage name under which the parent run is kept
 _CHUNK_BYTES = 1 << 20
 _MAX_METRICS, _MAX_PARAMS, _MAX_VALUE = 1000, 100, 6000  # limits of one MLflow request
 _END = {"done": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
-_ROOT_FILES = ("config.yaml", "env.json", "eval.json", "report.html")
+_ROOT_FILES = ("config.yaml", "env.json", "eval.json", "report.html", "ablation.json", "ablation.html")
 
 
 class MlflowRuns:

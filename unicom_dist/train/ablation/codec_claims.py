@@ -120,7 +120,8 @@ def dynamics(
             steps = sorted(set.intersection(*({step for step, _ in curve} for p in (a, b) for curve in curves[p.name])))
             if len(steps) < 2:
                 continue
-            for step, expected in ((steps[0], "above"), (steps[-1], "below")):
+            expectations: list[tuple[int, Expected]] = [(steps[0], "above"), (steps[-1], "below")]
+            for step, expected in expectations:
                 differences = [
                     dict(left)[step] - dict(right)[step]
                     for left, right in zip(curves[a.name], curves[b.name], strict=True)

@@ -68,7 +68,8 @@ def measure(
 
     Reads what was measured before and measures the rest. ConfigError, DataError, CheckpointError: something is missing.
     """
-    found, originals = [], []
+    found: list[Measured] = []
+    originals: list[Image.Image] = []
     for cell in cells:
         source = CodecPairs(cell.folder, with_codec_of(cell.folder, config), config.eval.images)
         shown = spread(config.ablation.pictures, len(source.keys))
