@@ -22,7 +22,7 @@ class Bar:
 
 
 def forest(title: str, bars: list[Bar], unit: str = "", zero: str = "") -> Markup | None:
-    """The chart of `bars`, None without any. With `zero` a line at 0 stands for what the estimates are compared with."""
+    """The chart of `bars`, None without any. With `zero` a line at 0 stands for what they are compared with."""
     bars = [bar for bar in bars if math.isfinite(bar.mean)]
     if not bars:
         return None
