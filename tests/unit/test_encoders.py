@@ -212,7 +212,7 @@ def test_the_pyramid_of_the_published_weights_is_that_of_its_blocks() -> None:
     plain, pyramid = build_encoder(config, "cpu"), build_encoder(config.model_copy(update={"levels": "pyramid"}), "cpu")
     prepared = [pyramid.preprocess(picture(*size, seed)) for seed, size in enumerate([(64, 64), (90, 40)])]
     assert isinstance(plain, EfficientNetEncoder)
-    expected = pyramid_by_hand(plain._model.blocks, lambda: plain.encode(prepared), 2, 2)
+    expected = pyramid_by_hand(plain.network.blocks, lambda: plain.encode(prepared), 2, 2)
     for row, (features, grid) in enumerate(pyramid.encode(prepared)):
         assert grid == (2, 2)
         np.testing.assert_allclose(features, expected[row], rtol=1e-4, atol=1e-4)

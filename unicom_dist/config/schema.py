@@ -201,6 +201,8 @@ class CodecConfig(Section):
     perceptual_px: int = Field(0, ge=0, description="longer side at which the network sees the pictures, reduced or enlarged; space vae: side of the crop that is decoded for it; 0 = as they are")
     perceptual_start: int = Field(0, ge=0, description="steps of the stage before the perceptual term comes in")
     perceptual_ramp: int = Field(0, ge=0, description="steps over which its weight then rises")
+    encoder_trainable: bool = Field(False, description="the encoder learns with the codec, held by self-distillation to the stored features, its own before; exported to run_dir/encoder")
+    distill_weight: NonNegative = Field(1.0, description="lambda of that: mean squared difference of its tokens to the stored features")
     timestep: Literal["uniform", "logit-normal"] = Field("uniform", description="how t is drawn in training")
     timestep_shift: float = Field(1.0, gt=0, description="s in t' = 1 - s(1-t)/(1+(s-1)(1-t)); > 1 means more noise")
     resolution_shift: bool = Field(False, description="instead of timestep_shift: s = exp(mu), mu linear in the patches of a picture from (256, 0.5) to (4096, 1.15), as FLUX")
@@ -460,6 +462,18 @@ class Config(Section):
                 "the encoder has to see what the decoder draws, no more and no less of the picture",
                 "codec.decoder.buckets: aspect with encoder.crop: bucket, or codec.decoder.buckets: square with encoder.crop: none",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _trained_encoder(self) -> Self:
+        others = {
+            "encoder.kind = random": self.encoder.kind == "random",
+            f"codec.condition_dropout = {self.codec.condition_dropout}": self.codec.condition_dropout > 0,
+            **{f"stages.{stage.name}.trainable = decoder": stage.trainable == "decoder" for stage in self.stages},
+        }
+        for other, found in others.items():
+            if self.codec.encoder_trainable and found:
+                raise Unworkable(f"codec.encoder_trainable = true with {other}", "this encoder or these features stay as they are", "use codec.encoder_trainable: false, or change the other")
         return self
 
     @model_validator(mode="after")

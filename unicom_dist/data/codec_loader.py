@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, StageConfig
@@ -30,6 +31,7 @@ from unicom_dist.data.samples import grid_positions
 from unicom_dist.data.shardset import Sample, ShardSet
 from unicom_dist.data.sizes import set_sizes
 from unicom_dist.models.codec import CodecBatch
+from unicom_dist.models.encoders import encoder_view
 from unicom_dist.models.flow import sample_t
 from unicom_dist.models.target import target_shape
 
@@ -47,7 +49,8 @@ class _Reader:
         self.buckets = np.zeros(len(self), np.int8)  # number of the shape of each sample
         if self.shapes.aspect:
             self.buckets = self.shapes.of_all(np.concatenate([set_sizes(pairs) for pairs in sets]))
-        self._cache = TargetCache()
+        self._cache, self._seen = TargetCache(), TargetCache()
+        self._view = encoder_view(config.encoder) if config.codec.encoder_trainable else None
         self.bad = BadSamples(len(self), config.data.max_bad_fraction)
 
     def __len__(self) -> int:
@@ -61,12 +64,14 @@ class _Reader:
         height, width = self.shapes.shapes[self.buckets[draws[0][0]]]
         codec, d = self._config.codec, self._latent_channels
         samples = [(*self._readable(number), visit) for number, visit in draws]
-        size, longest = len(samples), max(len(features) for _, _, features, _, _ in samples)
+        seen = [torch.from_numpy(view) for *_, view, _ in samples if view is not None]
+        views = pad_sequence(seen, batch_first=True) if seen else None
+        size, longest = len(samples), max(len(features) for _, _, features, *_ in samples)
         images = np.empty((size, 3, height, width), np.float32)
         features = torch.zeros(size, longest, self._feature_channels, dtype=samples[0][2].dtype)
         mask = torch.zeros(size, longest, dtype=torch.bool)
         grid = torch.zeros(size, longest, 2, dtype=torch.long)
-        latents = [math.prod(codec.compressor.latent_grid(shape)) for _, _, _, shape, _ in samples]
+        latents = [math.prod(codec.compressor.latent_grid(shape)) for _, _, _, shape, *_ in samples]
         space = target_shape(codec.decoder, height, width)
         patches = space[1] * space[2] // codec.decoder.patch_px**2
         noise, latent_noise = torch.empty(size, *space), torch.zeros(size, max(latents), d)
@@ -75,7 +80,7 @@ class _Reader:
         tau = codec.latent_noise_tau if training else 0.0
         sampled = training and codec.compressor.bottleneck == "kl"
         blank = torch.zeros(size, dtype=torch.bool) if training and codec.condition_dropout else None
-        for row, (key, target, tokens, shape, visit) in enumerate(samples):
+        for row, (key, target, tokens, shape, _, visit) in enumerate(samples):
             n = len(tokens)
             images[row] = target
             features[row, :n], mask[row, :n], grid[row, :n] = tokens, True, grid_positions(*shape)
@@ -92,10 +97,11 @@ class _Reader:
         images *= 1 / 127.5
         images -= 1
         keys = [sample[0] for sample in samples]
-        return CodecBatch(torch.from_numpy(images), features, mask, grid, noise, t, latent_noise, level, keys, blank)
+        pixels = torch.from_numpy(images)
+        return CodecBatch(pixels, features, mask, grid, noise, t, latent_noise, level, keys, blank, views=views)
 
-    def _readable(self, wanted: int) -> tuple[str, Pixels, torch.Tensor, tuple[int, int]]:
-        """(key, target, features, grid) of sample `wanted`, or of the next one that can be read."""
+    def _readable(self, wanted: int) -> tuple[str, Pixels, torch.Tensor, tuple[int, int], Pixels | None]:
+        """(key, target, features, grid, encoder's view) of sample `wanted`, or of the next one that can be read."""
         shape = self.shapes.shapes[self.buckets[wanted]]
         for number in self._candidates(wanted):
             pairs, row = self._set_of(number)
@@ -110,14 +116,19 @@ class _Reader:
                 make = functools.partial(self._target, sample, name, shape)
                 own = self.buckets[number] == self.buckets[wanted]
                 target = self._cache.get(number, make) if own else make()
+                view = self._view and self._seen.get(number, functools.partial(self._viewed, sample, name))
                 self.bad.accept()
-                return key, target, tokens, grid
+                return key, target, tokens, grid, view
             except DataError as error:
                 self.bad.report(name, error)
         raise AssertionError("BadSamples ends the run before every sample was tried twice")
 
     def _target(self, sample: Sample, name: str, shape: Shape) -> Pixels:
         return self.shapes.target(decode_image(image_of(sample), name), shape)
+
+    def _viewed(self, sample: Sample, name: str) -> Pixels:
+        assert self._view is not None
+        return np.ascontiguousarray(self._view(decode_image(image_of(sample), name)))
 
     def _candidates(self, wanted: int) -> Iterator[int]:
         """`wanted`, those after it in the same bucket, then all others; none is left out and no number ends it."""

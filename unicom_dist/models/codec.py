@@ -37,6 +37,7 @@ class CodecBatch:
     keys: list[str]
     blank: Tensor | None = None  # [B] bool, True = to be trained with the features of a black picture; None = none
     data: Tensor | None = None  # [B, c, h, w], the images in the target space; None where that is pixels
+    views: Tensor | None = None  # [B, ...] uint8, what a trained encoder sees (`encoder_view`); None for a frozen one
 
     @property
     def target(self) -> Tensor:
@@ -114,11 +115,19 @@ class Codec(nn.Module):
             self.decoder = DiffusionDecoder(config.decoder, config.compressor.expanded or encoder_channels)
         initialise(self, seed)
         self.decoder.reset()
+        self.encoder: nn.Module | None = None  # given where it learns with the codec, which never needs it later
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, in which everything between the borders is computed."""
         return next(self.decoder.parameters()).dtype
+
+    def features(self, batch: CodecBatch) -> Tensor:
+        """What the compressor reads of a batch [B, n, D]: the stored features, or a trained encoder's tokens."""
+        if self.encoder is None or batch.views is None:
+            return batch.features.to(self.dtype)
+        tokens: Tensor = self.encoder(batch.views, batch.mask, batch.grid)
+        return tokens.to(self.dtype)
 
     def encode(self, features: Tensor, mask: Tensor | None = None, grid: Tensor | None = None) -> Tensor:
         """Latents [B, m, d] (weights' dtype, padding zero) of features [B, n, D]; mask [B, n], True = a real token.
@@ -139,18 +148,21 @@ class Codec(nn.Module):
     def forward(self, batch: CodecBatch) -> tuple[Tensor, ...]:
         """Velocity and clean estimate, both [B, c, h, w] float32, in the decoder's target space.
 
-        Third, for a compressor with a posterior, its `divergence` [B].
+        After them, for a compressor with a posterior, its `divergence` [B]; last, for a trained encoder, the `drift`
+        [B] of its tokens from the stored features.
         """
         grid, mask = self.compressor.layout(batch.grid, batch.mask)
         assert mask is not None
-        mean, log_variance = self.compressor.posterior(batch.features.to(self.dtype), batch.mask, batch.grid)
+        features = self.features(batch)
+        mean, log_variance = self.compressor.posterior(features, batch.mask, batch.grid)
         latents = disturbed(mean, log_variance, mask, batch)
         z_t = interpolate(batch.target.float(), batch.noise.float(), batch.t.float())
         velocity = self.decode_velocity(z_t, batch.t, latents, grid, mask)
         clean = clean_from_velocity(z_t, velocity, batch.t)
-        if log_variance is None:
-            return velocity, clean
-        return velocity, clean, divergence(mean, log_variance, mask)
+        further = [] if log_variance is None else [divergence(mean, log_variance, mask)]
+        if self.encoder is not None:
+            further.append(drift(features, batch.features, batch.mask))
+        return velocity, clean, *further
 
 
 def disturbed(mean: Tensor, log_variance: Tensor | None, mask: Tensor, batch: CodecBatch) -> Tensor:
@@ -175,6 +187,12 @@ def divergence(mean: Tensor, log_variance: Tensor, mask: Tensor) -> Tensor:
     mean, log_variance = mean.float(), log_variance.float()
     each = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).mean(-1)
     return (each * mask).sum(1) / mask.sum(1).clamp_min(1)
+
+
+def drift(tokens: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference [B] float32 of tokens from stored features, both [B, n, D], over real tokens."""
+    error = (tokens.float() - features.float()).square().mean(-1)
+    return (error * mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
 def spread_of(latents: Tensor, mask: Tensor) -> Tensor:

@@ -79,6 +79,8 @@ def codec_counts(batch: CodecBatch, config: CodecConfig) -> dict[str, int]:
         counts["perceptual"] = _low_noise(batch, config).shape[0]
     if config.compressor.bottleneck == "kl":
         counts["kl"] = batch.images.shape[0]
+    if config.encoder_trainable:
+        counts["distill"] = batch.images.shape[0]
     return counts
 
 
@@ -87,7 +89,8 @@ def codec_terms(
 ) -> dict[str, LossTerm]:
     """`flow`: squared error of the velocity per image, mean over values. `perceptual`: distance of the clean estimate.
 
-    `kl`, with that bottleneck: divergence of the posterior, per image, mean over latents and channels.
+    `kl`, with that bottleneck: divergence of the posterior, per image, mean over latents and channels. `distill`, with
+    a trained encoder: squared difference of its tokens from the stored features, per image, mean over both.
 
     With `flow_remaining` = c > 0 the flow error near the data is weighted down by ((1-t) / max(1-t, c))^2, which is the
     error of the clean image there: at low noise z_t alone shows the picture, and a small decoder would learn to ignore
@@ -107,6 +110,8 @@ def codec_terms(
         terms["perceptual"] = LossTerm(distance.sum(), counts["perceptual"], config.perceptual_weight)
     if "kl" in counts:
         terms["kl"] = LossTerm(outputs[2].sum(), counts["kl"], config.compressor.kl_weight)
+    if "distill" in counts:
+        terms["distill"] = LossTerm(outputs[-1].sum(), counts["distill"], config.distill_weight)
     return terms
 
 

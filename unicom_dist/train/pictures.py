@@ -34,7 +34,7 @@ def draw_reconstructions(config: Config, codec: Codec, target: Target) -> tuple[
     images, keys, sample = [], [], config.sample
     for batch in heldout_codec_batches(config, 0.0, RECONSTRUCTIONS):
         there = batch.to(next(codec.parameters()).device)
-        encoded = codec.encode(there.features, there.mask, there.grid)
+        encoded = codec.encode(codec.features(there), there.mask, there.grid)
         latents = []
         places, real = codec.compressor.layout(batch.grid, batch.mask)
         assert real is not None

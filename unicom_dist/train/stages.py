@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unicom_dist.checkpoint.weights import StoredWeights, export_weights, read_weights_config
+from unicom_dist.checkpoint.weights import Chosen, StoredWeights, export_weights, read_weights_config, replace_folder
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, PriorConfig, StageConfig
 from unicom_dist.data.loader import (
@@ -33,6 +33,7 @@ from unicom_dist.models.backbone import WHOLE, Part
 from unicom_dist.models.codec import Codec, CodecBatch, LatentStats
 from unicom_dist.models.decoder_weights import decoder_source
 from unicom_dist.models.encoders import encoder_fingerprint
+from unicom_dist.models.encoders.trained import TrainedEncoder, export_encoder
 from unicom_dist.models.init import Source, fill, local_values
 from unicom_dist.models.kernels import use
 from unicom_dist.models.published import published_source
@@ -55,6 +56,7 @@ from unicom_dist.train.codec_inputs import CodecInputs
 from unicom_dist.train.linear_start import PICTURES, linear_start, set_start
 from unicom_dist.train.pictures import draw_prompts, draw_reconstructions
 
+ENCODER = "encoder."  # names of a trained encoder's tensors, within a codec
 Batch = TypeVar("Batch", CodecBatch, PackedBatch)
 
 
@@ -179,6 +181,8 @@ class CodecTask(Task[CodecBatch]):
                 batches = fixed_codec_batches(self.config, "train", 0.0, PICTURES)
                 self._start = linear_start(module.compressor, (self._inputs(b.to(mesh.device)) for b in batches))
             set_start(module.compressor, self._start)
+        if self.config.codec.encoder_trainable:
+            module.encoder = TrainedEncoder(self.config.encoder)
         if self.stage.trainable == "decoder":
             joint = StoredWeights(joint_folder(self.config, self.stage) / "compressor")
             values = {name: joint[name].float() for name in joint if self.begins(name)}
@@ -242,7 +246,20 @@ class CodecTask(Task[CodecBatch]):
         }
 
     def export(self, folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
-        export_weights(folder, {**self.description, "step": step}, weights)
+        own: dict[str, Any] = {}
+        if self.config.codec.encoder_trainable:
+            place = Path(self.config.run_dir) / "encoder"
+            trained = Chosen(weights, lambda name: name.startswith(ENCODER))
+            replace_folder(place, lambda folder: export_encoder(self.config.encoder, trained, folder))
+            weights = Chosen(weights, lambda name: not name.startswith(ENCODER))
+            encoder = self.config.encoder.model_copy(update={"path": str(place)})
+            codec = self.config.codec.model_copy(update={"encoder_trainable": False})  # from here on it is as any other
+            own = {
+                "codec": codec.model_dump(mode="json"),
+                "encoder": encoder.model_dump(mode="json"),
+                "encoder_fingerprint": encoder_fingerprint(encoder),
+            }
+        export_weights(folder, {**self.description, **own, "step": step}, weights)
 
     def draw(self, model: nn.Module) -> tuple[Image.Image, list[str]]:
         assert isinstance(model, Codec)

@@ -4,12 +4,25 @@ To add one: a module with a class that has the members of `base.Encoder`, its na
 both functions here and a parity test against the reference implementation.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from unicom_dist.config.schema import EncoderConfig
 from unicom_dist.models.encoders.base import EncodedImage, Encoder, Prepared
 
-__all__ = ["EncodedImage", "Encoder", "Prepared", "build_encoder", "encoder_fingerprint", "encoder_shape"]
+__all__ = [
+    "EncodedImage",
+    "Encoder",
+    "Prepared",
+    "build_encoder",
+    "encoder_fingerprint",
+    "encoder_shape",
+    "encoder_view",
+]
 
 
 def build_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> Encoder:
@@ -44,6 +57,17 @@ def encoder_fingerprint(config: EncoderConfig) -> str:
     from unicom_dist.models.encoders.random import random_fingerprint
 
     return random_fingerprint(config)
+
+
+def encoder_view(config: EncoderConfig) -> Callable[[Image.Image], NDArray[np.uint8]]:
+    """RGB picture -> what a trained encoder's network reads of it: [side, side, 3], or patches [n, p p 3]."""
+    if config.kind == "siglip2":
+        from unicom_dist.models.encoders.siglip2 import siglip2_view_of
+
+        return siglip2_view_of(config)
+    from unicom_dist.models.encoders.efficientnet import efficientnet_view
+
+    return lambda image: efficientnet_view(image, config.image_px)
 
 
 def encoder_shape(config: EncoderConfig) -> tuple[int, int]:

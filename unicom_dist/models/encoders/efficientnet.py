@@ -1,8 +1,8 @@
 """EfficientNet-lite2 up to its last feature map: the stand-in encoder for machines that reach no model hub.
 
 Trained with labels on ImageNet: its tokens carry real semantics, but are not aligned with text as SigLIP2's are.
-Inference only: batch normalisation is folded into the convolutions and memory is channels-last, which is what makes it
-fast on a CPU. Shapes: images [B, 3, H, W], features [B, n, 1280] with n = (H/32) x (W/32).
+Batch normalisation is folded into the convolutions and memory is channels-last: that makes it fast on a CPU.
+Shapes: images [B, 3, H, W], features [B, n, 1280] with n = (H/32) x (W/32).
 The last map was trained to forget where things are and what colour they have: a linear read-out of 8 x 8 pixels per
 token reaches 11.9 dB on held-out emoji. `levels: pyramid` puts four depths side by side, each normalised, in as many
 channels: 21.9 dB, with the deepest semantic map among them.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -132,16 +133,7 @@ class EfficientNetLite2(nn.Module):
     @torch.no_grad()
     def load_published(self, weights: dict[str, Tensor]) -> None:
         """Take the published tensors (`_blocks.3._bn1.running_mean`, ...). KeyError, ValueError: another network's."""
-        parts: list[tuple[nn.Conv2d, str, str]] = [(self.stem.conv, "_conv_stem", "_bn0")]
-        for number, block in enumerate(self.blocks):
-            assert isinstance(block, _Block)
-            prefix = f"_blocks.{number}."
-            if block.expand is not None:
-                parts.append((block.expand.conv, prefix + "_expand_conv", prefix + "_bn0"))
-            parts.append((block.depthwise.conv, prefix + "_depthwise_conv", prefix + "_bn1"))
-            parts.append((block.project.conv, prefix + "_project_conv", prefix + "_bn2"))
-        parts.append((self.head.conv, "_conv_head", "_bn1"))
-        for conv, kernel, norm in parts:
+        for conv, kernel, norm in self._published_names():
             weight = weights[f"{kernel}.weight"]
             if weight.shape != conv.weight.shape:
                 raise ValueError(f"{kernel} has shape {tuple(weight.shape)}, expected {tuple(conv.weight.shape)}")
@@ -150,6 +142,29 @@ class EfficientNetLite2(nn.Module):
             conv.weight.copy_(folded)
             assert conv.bias is not None
             conv.bias.copy_(bias)
+
+    def published(self) -> dict[str, Tensor]:
+        """The weights under their published names, for `load_published`; the normalisation does nothing but shift."""
+        tensors: dict[str, Tensor] = {}
+        for conv, kernel, norm in self._published_names():
+            assert conv.bias is not None
+            ones = torch.ones_like(conv.bias)
+            moments = {"weight": ones, "bias": conv.bias, "running_mean": 0 * ones, "running_var": ones - NORM_EPS}
+            tensors[f"{kernel}.weight"] = conv.weight.detach().clone(memory_format=torch.contiguous_format)
+            tensors |= {f"{norm}.{name}": moment.detach().clone() for name, moment in moments.items()}
+        return tensors
+
+    def _published_names(self) -> list[tuple[nn.Conv2d, str, str]]:
+        """Each convolution with the published names of its kernel and of the normalisation after it."""
+        parts: list[tuple[nn.Conv2d, str, str]] = [(self.stem.conv, "_conv_stem", "_bn0")]
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, _Block)
+            prefix = f"_blocks.{number}."
+            if block.expand is not None:
+                parts.append((block.expand.conv, prefix + "_expand_conv", prefix + "_bn0"))
+            parts.append((block.depthwise.conv, prefix + "_depthwise_conv", prefix + "_bn1"))
+            parts.append((block.project.conv, prefix + "_project_conv", prefix + "_bn2"))
+        return [*parts, (self.head.conv, "_conv_head", "_bn1")]
 
 
 class EfficientNetEncoder:
@@ -162,7 +177,7 @@ class EfficientNetEncoder:
         self.max_tokens = (self.side // STRIDE) ** 2
         self._pyramid = config.levels == "pyramid"
         self.fingerprint = efficientnet_fingerprint(config)
-        self._device, self._dtype = device, getattr(torch, config.dtype)
+        self._device = device
         model = EfficientNetLite2()
         path = weights_file(config.path, config.kind)
         try:
@@ -171,8 +186,8 @@ class EfficientNetEncoder:
             raise wrong_weights(config.path, config.kind, f"tensor {error} is missing") from error
         except ValueError as error:
             raise wrong_weights(config.path, config.kind, str(error)) from error
-        model = model.eval().requires_grad_(False).to(device, self._dtype)
-        self._model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.eval().requires_grad_(False).to(device, getattr(torch, config.dtype))
+        self.network: EfficientNetLite2 = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def describe(self) -> str:
         rows = self.side // STRIDE
@@ -183,17 +198,25 @@ class EfficientNetEncoder:
         )
 
     def preprocess(self, image: Image.Image) -> Prepared:
-        return {"pixels": np.asarray(square_view(image, self.side))}
+        return {"pixels": efficientnet_view(image, self.side)}
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Prepared]) -> list[EncodedImage]:
         pixels = torch.from_numpy(np.stack([item["pixels"] for item in batch])).to(self._device)
+        side = self.side // STRIDE
+        return [EncodedImage(features, (side, side)) for features in self.tokens(pixels).float().cpu().numpy()]
+
+    def tokens(self, pixels: Tensor, mask: Tensor | None = None, extent: Tensor | None = None) -> Tensor:
+        """[B, n, D] of pixels [B, H, W, 3] uint8; every picture has all tokens, so `mask` and `extent` say nothing."""
         # [B, H, W, 3] seen as [B, 3, H, W] is channels-last already.
-        images = ((pixels.float() - 127) / 128).permute(0, 3, 1, 2).to(self._dtype)
-        maps = self._model.pyramid(images) if self._pyramid else self._model(images)
-        rows, columns = maps.shape[-2:]
-        tokens = maps.permute(0, 2, 3, 1).reshape(len(batch), rows * columns, CHANNELS).float().cpu().numpy()
-        return [EncodedImage(features, (rows, columns)) for features in tokens]
+        images = ((pixels.float() - 127) / 128).permute(0, 3, 1, 2).to(self.network.stem.conv.weight.dtype)
+        maps = self.network.pyramid(images) if self._pyramid else self.network(images)
+        return maps.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def efficientnet_view(image: Image.Image, side: int) -> NDArray[np.uint8]:
+    """What the encoder sees, [side, side, 3]."""
+    return np.asarray(square_view(image, side))
 
 
 def _side(config: EncoderConfig) -> int:

@@ -8,13 +8,15 @@ Shapes: P patches padded to the longest picture of the batch, features [n, D] of
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor, nn
 
 from unicom_dist.config.errors import ConfigError
 from unicom_dist.config.schema import EncoderConfig
@@ -41,10 +43,10 @@ class Siglip2Encoder:
         folder = resolve(config, download=True)
         vision = _vision_config(folder)
         self.fingerprint = siglip2_fingerprint(config)
-        self._device, self._dtype = device, getattr(torch, config.dtype)
+        self._device = device
         try:
             model, info = Siglip2VisionModel.from_pretrained(
-                folder, dtype=self._dtype, local_files_only=True, output_loading_info=True
+                folder, dtype=getattr(torch, config.dtype), local_files_only=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise wrong_weights(folder, config.kind, str(error)) from error
@@ -52,49 +54,65 @@ class Siglip2Encoder:
         if info["missing_keys"] or info["mismatched_keys"]:
             first = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
             raise wrong_weights(folder, config.kind, f"tensor {first} is missing or has another shape")
-        self._model = model.eval().requires_grad_(False).to(device)
+        self.network: nn.Module = model.eval().requires_grad_(False).to(device)
         self.channels: int = model.config.hidden_size
         self.max_tokens = config.max_patches
         self._crop = config.crop == "bucket"
-        self.patch_px: int = vision.get("patch_size", 16)
+        self.patch_px = patch_side(vision)
         self._name = config.path
 
     def describe(self) -> str:
         return f"SigLIP2 NaFlex ({self._name}), up to {self.max_tokens} tokens of {self.channels} channels"
 
     def preprocess(self, image: Image.Image) -> Prepared:
-        image = image.convert("RGB")
-        if self._crop:
-            image = crop_to_ratio(image)
-        rows, columns = naflex_grid(image.height, image.width, self.patch_px, self.max_tokens)
-        size = (columns * self.patch_px, rows * self.patch_px)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        p = self.patch_px
-        # Row-major patches, each flattened as (row, column, channel); bytes, so that they stay small until encoded.
-        patches = np.asarray(image).reshape(rows, p, columns, p, 3).swapaxes(1, 2).reshape(rows * columns, p * p * 3)
-        return {"patches": patches, "grid": np.array([rows, columns])}
+        patches, grid = siglip2_view(image, self.patch_px, self.max_tokens, self._crop)
+        return {"patches": patches, "grid": np.array(grid)}
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Prepared]) -> list[EncodedImage]:
         counts = [len(item["patches"]) for item in batch]
         longest = max(counts)
-        pixels = torch.zeros(len(batch), longest, batch[0]["patches"].shape[1])
-        mask = torch.zeros(len(batch), longest, dtype=torch.int32)
+        patches = torch.zeros(len(batch), longest, batch[0]["patches"].shape[1], dtype=torch.uint8)
         for row, (item, count) in enumerate(zip(batch, counts, strict=True)):
-            pixels[row, :count] = torch.from_numpy(np.ascontiguousarray(item["patches"])) / 127.5 - 1
-            mask[row, :count] = 1
+            patches[row, :count] = torch.from_numpy(np.ascontiguousarray(item["patches"]))
+        mask = torch.arange(longest) < torch.tensor(counts)[:, None]
         shapes = torch.from_numpy(np.stack([item["grid"] for item in batch]))
-        hidden = self._model(
-            pixel_values=pixels.to(self._device, self._dtype),
-            pixel_attention_mask=mask.to(self._device),
-            spatial_shapes=shapes,
-        ).last_hidden_state
-        features = hidden.float().cpu().numpy()
+        tokens = self.tokens(patches.to(self._device), mask.to(self._device), shapes)
+        features = tokens.float().cpu().numpy()
         return [
             EncodedImage(features[row, :count], (int(shapes[row, 0]), int(shapes[row, 1])))
             for row, count in enumerate(counts)
         ]
+
+    def tokens(self, patches: Tensor, mask: Tensor, extent: Tensor) -> Tensor:
+        """[B, n, D] of patches [B, n, p p 3] uint8; mask [B, n], True = real; extent [B, 2]: rows and columns."""
+        dtype = next(self.network.parameters()).dtype
+        pixels = torch.where(mask[..., None], patches / 127.5 - 1, 0.0)
+        out = self.network(pixel_values=pixels.to(dtype), pixel_attention_mask=mask.int(), spatial_shapes=extent)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+
+def siglip2_view(
+    image: Image.Image, patch_px: int, max_patches: int, crop: bool
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """What the encoder sees, row-major patches [n, p p 3], each (row, column, channel), and their rows and columns.
+
+    Bytes, so that they stay small until they are encoded.
+    """
+    image = crop_to_ratio(image.convert("RGB")) if crop else image.convert("RGB")
+    rows, columns = naflex_grid(image.height, image.width, patch_px, max_patches)
+    p = patch_px
+    if image.size != (columns * p, rows * p):
+        image = image.resize((columns * p, rows * p), Image.Resampling.BILINEAR)
+    patches = np.asarray(image).reshape(rows, p, columns, p, 3).swapaxes(1, 2).reshape(rows * columns, p * p * 3)
+    return patches, (rows, columns)
+
+
+def siglip2_view_of(config: EncoderConfig) -> Callable[[Image.Image], NDArray[np.uint8]]:
+    """`siglip2_view` of the configured encoder, without building it."""
+    side, crop = patch_side(_vision_config(resolve(config, download=False))), config.crop == "bucket"
+    return lambda image: siglip2_view(image, side, config.max_patches, crop)[0]
 
 
 def naflex_grid(height: int, width: int, patch_px: int, max_patches: int) -> tuple[int, int]:
@@ -153,6 +171,11 @@ def _vision_config(folder: Path) -> dict[str, Any]:
     return vision
 
 
+def patch_side(vision: dict[str, Any]) -> int:
+    """Pixels per side of a patch."""
+    return int(vision.get("patch_size", 16))
+
+
 def siglip2_fingerprint(config: EncoderConfig) -> str:
     """Identity of the features without building the network; reads the weight files once."""
     folder = resolve(config, download=False)
@@ -161,7 +184,7 @@ def siglip2_fingerprint(config: EncoderConfig) -> str:
     if not files:
         raise wrong_weights(folder, "siglip2", "no .safetensors file there")
     cut = ", cut to one of 33 ratios" if config.crop == "bucket" else ""
-    view = f"naflex, bilinear, patch {vision.get('patch_size', 16)}, at most {config.max_patches} patches{cut}"
+    view = f"naflex, bilinear, patch {patch_side(vision)}, at most {config.max_patches} patches{cut}"
     return fingerprint(
         {
             "kind": config.kind,
