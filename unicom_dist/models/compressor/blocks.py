@@ -51,9 +51,9 @@ def within_images(lengths: Sequence[int]) -> Attend:
 
     def look(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if len(set(lengths)) <= 1:
-            rows = (part.unflatten(0, (len(lengths), -1)) for part in (query, key, value))
+            rows = (part.view(len(lengths), -1, *part.shape[1:]) for part in (query, key, value))
             return within_rows(None)(*rows).flatten(0, 1)
-        images = zip(*(part.split(list(lengths)) for part in (query, key, value)), strict=True)
+        images = zip(*(torch.split(part, list(lengths)) for part in (query, key, value)), strict=True)
         return torch.cat([within_rows(None)(*(part[None] for part in image))[0] for image in images])
 
     return look
@@ -127,7 +127,8 @@ class AttentionBlock(nn.Module):
         if self.mlp_norm is None or self.mlp_in is None or self.mlp_out is None:
             return x
         gate, value = self.mlp_in(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.mlp_out(F.gelu(gate) * value)
+        out: Tensor = x + self.mlp_out(F.gelu(gate) * value)
+        return out
 
 
 class MlpBlock(nn.Module):

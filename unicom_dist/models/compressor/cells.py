@@ -41,12 +41,12 @@ class Cells:
         number = torch.arange(longest, device=grid.device)
         inside = number < count[:, None]
         places = torch.stack([number // columns[:, None], number % columns[:, None]], -1) * inside[..., None]
-        return cls(members.unflatten(1, (-1, SIDE**2)), present.unflatten(1, (-1, SIDE**2)), places, inside)
+        return cls(members.reshape(size, longest, -1), present.reshape(size, longest, -1), places, inside)
 
     @classmethod
     def end_to_end(cls, grid: Tensor, lengths: Sequence[int]) -> tuple["Cells", list[int]]:
         """Of images of so many tokens that lie end to end, grid [T, 2], as of one row, and the cells of each image."""
-        parts = [cls.of(piece[None], None) for piece in grid.split(list(lengths))]
+        parts = [cls.of(piece[None], None) for piece in torch.split(grid, list(lengths))]
         starts = [sum(lengths[:number]) for number in range(len(lengths))]
         members = torch.cat([part.members + start for part, start in zip(parts, starts, strict=True)], 1)
         present, places, mask = (
@@ -57,7 +57,7 @@ class Cells:
     def gather(self, x: Tensor) -> Tensor:
         """Tokens [B, n, C] cell by cell, [B, m, 4, C]; the content of places without a token means nothing."""
         flat = self.members.flatten(1)[..., None].expand(-1, -1, x.shape[-1])
-        return x.gather(1, flat).unflatten(1, (-1, SIDE**2))
+        return x.gather(1, flat).view(*self.members.shape, -1)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean [B, m, C] of each cell's tokens; zero for padding."""
@@ -85,9 +85,10 @@ class Resampler(nn.Module):
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         """[B, n, C] -> [B, m, C]."""
         normal = self.norm(x)
-        query = self.query(cells.mean(normal)).unflatten(-1, (1, self.heads, -1))
         key, value = cells.gather(self.key_value(normal)).chunk(2, -1)
-        key, value = (part.unflatten(-1, (self.heads, -1)) for part in (key + self.places, value))
+        by_head = (*key.shape[:-1], self.heads, -1)
+        key, value = (key + self.places).view(by_head), value.reshape(by_head)
+        query = self.query(cells.mean(normal)).view(*key.shape[:2], 1, self.heads, -1)
         # Products of one query with four keys: too small for a matrix product or a fused kernel.
         scores = (query * key).sum(-1) * key.shape[-1] ** -0.5  # [B, m, 4, H]
         scores = scores.masked_fill(~cells.present[..., None], -1e9)  # finite: a padding cell has no token at all
