@@ -76,8 +76,8 @@ def test_prior_flops_equal_the_counter_without_attention(frozen: bool) -> None:
     assert expected == pytest.approx(linear_flops(counter), rel=0.01)
 
 
-@pytest.mark.parametrize("concat", [False, True])
-def test_codec_flops_equal_the_counter_without_attention(concat: bool) -> None:
+@pytest.mark.parametrize(("concat", "frozen"), [(False, False), (True, False), (False, True)])
+def test_codec_flops_equal_the_counter_without_attention(concat: bool, frozen: bool) -> None:
     decoder = DecoderConfig(
         image_px=16, patch_px=4, double_blocks=1, single_blocks=1, heads=2, head_dim=16, rope_axes=(4, 6, 6),
         concat_tokens=concat,
@@ -85,6 +85,7 @@ def test_codec_flops_equal_the_counter_without_attention(concat: bool) -> None:
     codec = Codec(CodecConfig(compressor=CompressorConfig(channels=8, heads=2), decoder=decoder), FEATURES)
     for parameter in codec.parameters():  # adaLN-zero would not change the counts, but zeros hide nothing here
         torch.nn.init.normal_(parameter, std=0.02)
+    codec.decoder.flux.transformer_blocks.requires_grad_(not frozen)
     grid = torch.cartesian_prod(torch.arange(3), torch.arange(3)).expand(2, -1, -1)
     batch = CodecBatch(
         images=torch.rand(2, 3, 16, 16), features=torch.randn(2, 9, FEATURES), mask=torch.ones(2, 9, dtype=torch.bool),
@@ -100,26 +101,31 @@ def test_codec_flops_equal_the_counter_without_attention(concat: bool) -> None:
     assert codec_flops(codec, batch) - attention == pytest.approx(linear_flops(counter), rel=0.01)
 
 
-def test_flops_of_a_resampler_count_features_where_it_reads_and_latents_where_it_writes() -> None:
+def test_a_resampler_reads_features_and_writes_latents() -> None:
+    """Its operations are what it has more than pooling."""
     decoder = DecoderConfig(
         image_px=16, patch_px=4, double_blocks=1, single_blocks=1, heads=2, head_dim=16, rope_axes=(4, 6, 6)
     )
-    compressor = CompressorConfig(channels=8, heads=2, spatial="resampler")
-    codec = Codec(CodecConfig(compressor=compressor, decoder=decoder), FEATURES)
-    for parameter in codec.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
     grid = torch.cartesian_prod(torch.arange(3), torch.arange(3))[None]
     batch = CodecBatch(
         images=torch.rand(1, 3, 16, 16), features=torch.randn(1, 9, FEATURES), mask=torch.ones(1, 9, dtype=torch.bool),
         grid=grid, noise=torch.randn(1, 3, 16, 16), t=torch.tensor([0.2]), latent_noise=torch.zeros(1, 4, 8),
         latent_noise_level=torch.zeros(1), keys=["a"],
     )  # fmt: skip
-    with FlopCounterMode(display=False) as counter:
-        velocity, _ = codec(batch)
-        velocity.square().sum().backward()
-    width, patches, latents = 32, 16, 4
-    attention = 12 * ((patches + latents) ** 2 * width * 2 + latents**2 * (FEATURES + FEATURES))
-    assert codec_flops(codec, batch) - attention == pytest.approx(linear_flops(counter), rel=0.01)
+    formula, counted = [], []
+    for spatial in ("resampler", "pool"):
+        compressor = CompressorConfig(channels=8, heads=2, spatial=spatial)
+        codec = Codec(CodecConfig(compressor=compressor, decoder=decoder), FEATURES)
+        for parameter in codec.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        with FlopCounterMode(display=False) as counter:
+            velocity, _ = codec(batch)
+            velocity.square().sum().backward()
+        formula.append(codec_flops(codec, batch))
+        counted.append(linear_flops(counter))
+    assert formula[0] - formula[1] == counted[0] - counted[1]
+    attention = 12 * ((16 + 4) ** 2 * 32 * 2 + 4**2 * (FEATURES + FEATURES))
+    assert formula[1] - attention == pytest.approx(counted[1], rel=0.01)
 
 
 def test_padded_tokens_add_no_flops() -> None:
