@@ -15,13 +15,13 @@ from training_run import tiny_run, write_stats
 from unicom_dist.config.errors import DataError, HangError
 from unicom_dist.config.schema import Config
 from unicom_dist.parallel.mesh import Mesh
-from unicom_dist.testing.distributed import RankFailure, run_ranks
+from unicom_dist.testing.distributed import RankFailure, free_port, run_ranks
 from unicom_dist.tracking.status import read_status, write_status
 from unicom_dist.train.ema import Ema
 from unicom_dist.train.pipeline import run
 from unicom_dist.train.tasks import make_task
 
-TIMEOUT_S = 8
+TIMEOUT_S = 15
 STALL_S = 4
 
 
@@ -41,7 +41,7 @@ def with_finished_codec(folder: Path) -> Config:
 
 def slow(config: Config) -> None:
     """Latents that take longer than a collective may."""
-    time.sleep(1.6 * TIMEOUT_S)
+    time.sleep(TIMEOUT_S + 4)
 
 
 def damaged(config: Config) -> None:
@@ -51,10 +51,11 @@ def damaged(config: Config) -> None:
 
 def stopped(config: Config) -> None:
     """Rank 0 is no more, for all that the other one can see."""
+    time.sleep(2)  # what it sent before has arrived
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def prepare_latents(rank: int, world: int, folder: str) -> list[str]:
+def prepare_latents(rank: int, world: int, folder: str, port: int) -> list[str]:
     """Latents that fail, that take long, and that never come. Module level: ranks import it."""
     config, seen = with_finished_codec(Path(folder)), []
     (Path(folder) / f"pid-{rank}").write_text(str(os.getpid()))
@@ -68,6 +69,7 @@ def prepare_latents(rank: int, world: int, folder: str) -> list[str]:
         assert (status.state, status.exit_code) == ("failed", 4)
         write_status(config.run_dir, "running")  # as the command does at its start
     run(config, slow)
+    os.environ["MASTER_PORT"] = str(port)  # for the second process group of these processes
     if rank == 0:
         write_status(config.run_dir, "running", stage="latents")
     began = time.monotonic()
@@ -84,7 +86,7 @@ def prepare_latents(rank: int, world: int, folder: str) -> list[str]:
 def test_the_others_wait_for_the_latents_of_rank_0_its_failure_and_its_end(tmp_path):
     config = with_finished_codec(tmp_path)
     with pytest.raises(RankFailure, match="rank 0 died"):
-        run_ranks(prepare_latents, 2, str(tmp_path), timeout_s=150, init_group=False)
+        run_ranks(prepare_latents, 2, str(tmp_path), free_port(), timeout_s=200, init_group=False)
     failed, silent, seconds = json.loads((tmp_path / "seen-1").read_text())
     assert failed == "features are damaged"
     assert silent == f"nothing was seen of rank 0 for {TIMEOUT_S} s while it was computing the latents"

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -26,6 +27,7 @@ from unicom_dist.tracking.console import StageConsole
 from unicom_dist.tracking.flops import Peak, device_peak
 from unicom_dist.tracking.metrics import MetricsWriter
 from unicom_dist.tracking.status import write_status
+from unicom_dist.train.alone import alone
 from unicom_dist.train.execution import LossSums
 
 if TYPE_CHECKING:
@@ -228,7 +230,11 @@ class Observer:
     @torch.no_grad()
     def _sample(self) -> None:
         """A labelled grid of pictures, drawn by rank 0 while the others wait. Collective over the world."""
-        model = self._averaged()
+        model, config = self._averaged(), self.run.config
+        draw = partial(self._draw, model)
+        alone(self.run.mesh, Path(config.run_dir), "drawing pictures", draw, config.parallel.timeout_s)
+
+    def _draw(self, model: nn.Module | None) -> None:
         if model is not None and self._metrics and self._console:
             folder = Path(self.run.config.run_dir) / "samples" / self.stage.name
             path = folder / f"step-{self.run.step:06d}.png"
@@ -241,7 +247,6 @@ class Observer:
             shown = str(path.relative_to(self.run.config.run_dir))
             self._metrics.log(self.stage.name, self.run.step, {"path": shown, "name": "samples"}, kind="artifact")
             self._console.note(f"step {self.run.step} pictures: {path}")
-        self.run.mesh.barrier()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -66,8 +66,11 @@ def run(
             else:
                 _train_here(config, todo, say)
     except BaseException as error:
-        final_status(config, error, keep=joined())
-        raise
+        known = _of_a_rank(error, rank) if joined() else error
+        final_status(config, known, keep=joined())
+        if known is error:
+            raise
+        raise known from None
     if joined():
         from unicom_dist.parallel.mesh import close_mesh
 
@@ -175,19 +178,23 @@ def _train_here(config: Config, stages: list[StageConfig], say: Callable[[str], 
 def _train_joined(config: Config, stages: list[StageConfig]) -> None:
     """This process is a rank already: join the others and train."""
     from unicom_dist.train.signals import StopRequest
-    from unicom_dist.train.worker import known_error, quiet_libraries, run_stages
+    from unicom_dist.train.worker import quiet_libraries, run_stages
 
     quiet_libraries()
     if any(stage.kind == "prior" for stage in stages):
         _on_rank_0(config, "preparing the vocabulary", partial(prepare_vocabulary, config))
     with StopRequest() as stop:
-        try:
-            run_stages(config, [stage.name for stage in stages], stop, partial(final_status, config, keep=True))
-        except UnicomError:
-            raise
-        except Exception as error:
-            traceback.print_exception(error)
-            raise known_error(error, int(os.environ["RANK"]), "the traceback is above") from None
+        run_stages(config, [stage.name for stage in stages], stop, partial(final_status, config, keep=True))
+
+
+def _of_a_rank(error: BaseException, rank: int) -> BaseException:
+    """What it means that `error` ended this rank: often that another one is no more."""
+    from unicom_dist.train.worker import known_error
+
+    if isinstance(error, UnicomError) or not isinstance(error, Exception):
+        return error
+    traceback.print_exception(error)
+    return known_error(error, rank, "the traceback is above")
 
 
 def final_status(config: Config, error: BaseException, *, keep: bool = False) -> None:
