@@ -1,4 +1,4 @@
-"""A joint stage between a prior and a decoder stage, on one rank: start, statistics, collapse, export. One process."""
+"""A joint stage between a prior and a decoder stage, on one rank: start, statistics, collapse, conversion. One process."""
 
 import json
 import shutil
@@ -9,9 +9,13 @@ import torch
 from safetensors.torch import load_file
 from training_run import StopAfter, tiny_run, write_stats
 
+from unicom_dist.checkpoint.saved import Checkpoint, latest
+from unicom_dist.checkpoint.weights import read_weights
+from unicom_dist.cli.main import run as unicom
 from unicom_dist.config.errors import CheckpointError, CollapseError, Preempted
 from unicom_dist.config.explain import write_config
 from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.models.joint import OWN
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.sample.pipeline import UniComPipeline
 from unicom_dist.tracking.metrics import read_metrics
@@ -145,6 +149,67 @@ def test_an_interrupted_stage_ends_bit_equal_statistics_included(finished, tmp_p
     one, two = (json.loads((weights(each, "joint") / "config.json").read_text()) for each in (finished, config))
     assert one["joint"] == two["joint"]
     assert one["codec_fingerprint"] == two["codec_fingerprint"]
+
+
+def checkpoint_of(config: Config, stage: str = "joint") -> Path:
+    found = latest(Path(config.run_dir) / "checkpoints" / stage)
+    assert found is not None
+    return found
+
+
+def test_a_checkpoint_exports_what_the_run_does(finished, tmp_path):
+    sources = {"run": Path(finished.run_dir), "checkpoint": checkpoint_of(finished)}
+    for name, source in sources.items():
+        assert unicom(["convert", "export", str(source), str(tmp_path / name)]) == 0
+        assert unicom(["convert", "export", str(source), str(tmp_path / f"{name}-qwen"), "--format", "qwen"]) == 0
+    for part in ("codec", "prior"):
+        (one, first), (two, second) = (read_weights(tmp_path / name / part) for name in sources)
+        assert one == two
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    first, second = (load_file(tmp_path / f"{name}-qwen" / "model.safetensors") for name in sources)
+    assert first.keys() == second.keys()
+    assert all(name.startswith(("model.", "lm_head.")) for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(UniComPipeline.from_pretrained(tmp_path / "checkpoint")("a red circle", 1, 1, decoder_steps=1)) == 1
+
+
+def test_weights_that_no_decoder_goes_with_are_not_exported_as_a_model(finished, tmp_path, capsys):
+    before = again(finished, tmp_path)
+    with pytest.raises(Preempted):
+        train_joint(before, stop_after=2)
+    out = tmp_path / "out"
+    for source, weights_ in ((checkpoint_of(before), "ema"), (checkpoint_of(finished), "raw")):
+        assert unicom(["convert", "export", str(source), str(out), "--weights", weights_]) == 5
+        shown = capsys.readouterr().err
+        assert "codec fingerprint: " in shown
+        assert "trainable: decoder" in shown
+        assert not out.exists()
+        assert unicom(["convert", "export", str(source), str(out), "--weights", weights_, "--format", "qwen"]) == 0
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("sizes", ["tp=2,pp=2,dp=2", "dp=3"])
+def test_a_resharded_stage_goes_on_as_it_would_have(finished, tmp_path, sizes):
+    config = again(finished, tmp_path)
+    with pytest.raises(Preempted):
+        train_joint(config, stop_after=2)
+    original, out = checkpoint_of(config), tmp_path / "step-000002"
+    assert unicom(["convert", "reshard", str(original), str(out), "--layout", sizes]) == 0
+    old, new = Checkpoint(original), Checkpoint(out)
+    assert new.state["model"] == old.state["model"]
+    for kind in old.all_kinds:
+        first, second = old.tensors(kind), new.tensors(kind)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    holders = {number for name in new.shapes if name.startswith(OWN) for number, _ in new.fragments(name)}
+    assert holders == ({0, 2} if "pp" in sizes else {0, 1, 2})  # the dp ranks of the first pp_stage
+    shutil.rmtree(original)
+    shutil.copytree(out, original)
+    train_joint(config)
+    for name in ("model.safetensors", "compressor/model.safetensors"):
+        one, two = (load_file(weights(each, "joint") / name) for each in (finished, config))
+        assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_collapse_ends_the_stage_with_status_6_and_keeps_the_checkpoint_before(finished, tmp_path):
