@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from pipelines import assets, fetch
 from pipelines.assets import Asset, Package, convert_lpips, convert_resnet, load_arrays
 from unicom_dist.config.errors import ConfigError, DataError, PreflightError
-from unicom_dist.config.schema import Config
+from unicom_dist.config.schema import Config, EvalConfig
 
 
 def archive(path: Path, members: dict[str, bytes]) -> Path:
@@ -115,7 +115,10 @@ def test_only_what_the_recipe_names_is_required() -> None:
     config = Config(
         name="a", run_dir="runs/a", encoder={"kind": "efficientnet-lite2", "path": "assets/efficientnet-lite2"}
     )
-    assert fetch.required_assets(config) == list(assets.ASSETS)
+    assert fetch.required_assets(config) == [name for name in assets.ASSETS if name != "fid-inception"]
+    assert fetch.required_assets(config, suite="reconstruction") == list(assets.ASSETS)
+    without = config.model_copy(update={"eval": EvalConfig(fid_path="")})
+    assert "fid-inception" not in fetch.required_assets(without, suite="reconstruction")
     other = Config(
         name="a",
         run_dir="runs/a",
