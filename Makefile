@@ -26,7 +26,7 @@ $(call phase,2/7 ingest images,$(BIN)/unicom data ingest $(1))
 $(call phase,3/7 encode images,$(BIN)/unicom features run $(1))
 $(call phase,4/7 train,$(BIN)/unicom train $(1))
 $(call phase,5/7 draw,$(BIN)/unicom sample $(2))
-$(call phase,6/7 evaluate,$(BIN)/unicom eval $(2) --suite quick)
+$(call phase,6/7 evaluate,$(BIN)/unicom eval $(2) --suite quick --skip-done)
 $(call phase,7/7 report,$(BIN)/unicom report $(2))
 endef
 

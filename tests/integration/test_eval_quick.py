@@ -1,6 +1,7 @@
 """The quick suite on a run of untrained tiny models, with cheap judging networks. One process, some seconds."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from PIL import Image
 from pipelines import latents
 from unicom_dist.config.errors import ConfigError, DataError
 from unicom_dist.config.explain import write_config
+from unicom_dist.config.load import load_recipe
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.evaluate import quick
 from unicom_dist.evaluate.heldout import mean_picture, read_pairs, to_unit
 from unicom_dist.evaluate.losses import flow_losses, linear_guess, unigram
 from unicom_dist.evaluate.quick import Networks
+from unicom_dist.evaluate.result import measured
 from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.models.encoders.random import CHANNELS
 from unicom_dist.models.segments import PackedBatch
@@ -84,6 +87,16 @@ def test_the_same_model_is_measured_the_same_again(config, result):
     before, _ = result
     again = quick.run(config.run_dir, CHEAP)
     assert [row.as_dict() for row in again] == [row.as_dict() for row in before]
+
+
+def test_figures_of_the_same_weights_and_settings_are_kept(config, result, caplog, tmp_path):
+    before, _ = result
+    with caplog.at_level("INFO"):
+        assert quick.run(config.run_dir, skip_done=True) == before  # no networks are given: nothing was measured
+    assert "of these weights and settings, skipped" in caplog.text
+    other = tmp_path / "other.yaml"
+    other.write_text(f"base: {config.run_dir}/config.yaml\neval: {{images: 3}}\n")
+    assert measured(Path(config.run_dir), load_recipe(other).config) != measured(Path(config.run_dir), config)
 
 
 def test_untrained_flow_loss_is_that_of_predicting_zero(config, result):

@@ -29,6 +29,9 @@ def evaluate(
     workers: Annotated[
         int, typer.Option(min=0, help="reconstruction: processes; 0 = one per GPU, or per core without GPUs.")
     ] = 1,
+    skip_done: Annotated[
+        bool, typer.Option("--skip-done", help="quick: keep figures that are of these weights and settings already.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure reconstructions, losses and pictures on held-out data; also written to eval.json."""
@@ -41,7 +44,7 @@ def evaluate(
         if suite == "quick":
             from unicom_dist.evaluate import quick
 
-            rows = quick.run(checkpoint, recipe=recipe, out=out)
+            rows = quick.run(checkpoint, recipe=recipe, out=out, skip_done=skip_done)
         else:
             from unicom_dist.evaluate import reconstruction_suite
 

@@ -23,7 +23,7 @@ from unicom_dist.evaluate.heldout import Pair, heldout_latents, mean_picture, re
 from unicom_dist.evaluate.judge import Embed
 from unicom_dist.evaluate.losses import caption_row, flow_rows
 from unicom_dist.evaluate.reconstruction import Distance, reconstruct, reconstruction_rows, untrained_codec
-from unicom_dist.evaluate.result import recipe_of, write_result
+from unicom_dist.evaluate.result import EVAL_FILE, measured, recipe_of, rows_before, write_result
 from unicom_dist.evaluate.rows import Row
 from unicom_dist.objective.perceptual import Lpips
 from unicom_dist.parallel.precision import training_dtype
@@ -53,17 +53,26 @@ class Networks:
 
 
 def run(
-    checkpoint: str | Path, networks: Networks | None = None, recipe: str | Path = "", out: str | Path = ""
+    checkpoint: str | Path,
+    networks: Networks | None = None,
+    recipe: str | Path = "",
+    out: str | Path = "",
+    skip_done: bool = False,
 ) -> list[Row]:
     """Measure the model in a run directory or model folder. Returns the rows of `eval.json`, written to `out`.
 
     recipe: where the pairs and the judging networks are; "" = that of the run. out: "" = `checkpoint`.
+    skip_done: keep the figures that `out` holds if they are of these weights and settings.
     Without a finished prior only the codec is measured. ConfigError, DataError, CheckpointError: something is missing;
     PreflightError: the folder cannot be written.
     """
     began = time.perf_counter()
     folder, target = Path(checkpoint), Path(out or checkpoint)
     config = recipe_of(folder, recipe)
+    identity = measured(folder, config)
+    if skip_done and (rows := rows_before(target, identity)) is not None:
+        log.info("%s is of these weights and settings, skipped", target / EVAL_FILE)
+        return rows
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = training_dtype(config.stages[-1].precision, device)
     pipeline = UniComPipeline.from_pretrained(folder, dtype=dtype)
@@ -76,7 +85,7 @@ def run(
         raise PreflightError(
             f"{grids} cannot be written", str(error), "make it writable, or name another with --out"
         ) from None
-    result: dict[str, Any] = {"suite": "quick"}
+    result: dict[str, Any] = {"suite": "quick", "measured": identity}
     with _timed("pictures read"):
         encoder = pipeline.content["encoder_fingerprint"]
         train, heldout = read_pairs(config, "train", encoder), read_pairs(config, "heldout", encoder)
@@ -92,7 +101,7 @@ def run(
     result["rows"] = [row.as_dict() for row in rows]
     result["seconds"] = round(time.perf_counter() - began, 1)
     write_result(target, result)
-    log.info("%s and %s written after %.0f s", target / "eval.json", grids, result["seconds"])
+    log.info("%s and %s written after %.0f s", target / EVAL_FILE, grids, result["seconds"])
     return rows
 
 

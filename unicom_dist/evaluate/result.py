@@ -12,6 +12,8 @@ from unicom_dist.checkpoint.weights import read_weights_config
 from unicom_dist.config.errors import ConfigError, PreflightError
 from unicom_dist.config.load import load_recipe
 from unicom_dist.config.schema import Config
+from unicom_dist.evaluate.rows import Row
+from unicom_dist.models.encoders.base import fingerprint, weights_digest
 from unicom_dist.sample.loading import MODEL_INDEX, find_parts
 
 EVAL_FILE = "eval.json"
@@ -28,6 +30,21 @@ def recipe_of(folder: Path, recipe: str | Path) -> Config:
         f"unicom eval {folder} --recipe recipes/{name}.yaml (once `unicom features run` is done with it)",
         "docs/evaluation.md",
     )
+
+
+def measured(folder: Path, config: Config) -> str:
+    """Identity of what the quick suite's figures depend on: the weights of all parts, and the recipe's settings."""
+    weights = sorted(folder.glob("weights/*/*.safetensors")) or sorted(folder.glob("*/*.safetensors"))
+    settings = config.model_dump(mode="json", include={"data", "encoder", "sample", "eval", "seed"})
+    return fingerprint({"weights": weights_digest(weights), "settings": settings})
+
+
+def rows_before(folder: Path, identity: str) -> list[Row] | None:
+    """The quick suite's rows in `folder/eval.json`, if they are of what has this identity."""
+    before = _read(folder / EVAL_FILE)
+    if before.get("measured") != identity:
+        return None
+    return [Row.from_dict(row) for row in before["rows"]]
 
 
 def write_result(folder: Path, content: dict[str, Any]) -> Path:

@@ -35,6 +35,22 @@ class Row:
         low, high = self.ci or (self.value, self.value)
         return all(low > other if self.better == "higher" else high < other for other in others)
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Row":
+        """The inverse of `as_dict`."""
+        trivial, ci = content["baselines"]["trivial"], content["ci"]
+        return cls(
+            content["metric"],
+            content["split"],
+            content["value"],
+            (ci[0], ci[1]) if ci else None,
+            content["n"],
+            content["better"],
+            content["baselines"]["untrained"],
+            (trivial["name"], trivial["value"]) if trivial else None,
+            content["note"],
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """The form of `eval.json`."""
         return {
