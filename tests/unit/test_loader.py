@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import threading
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -31,9 +32,12 @@ from unicom_dist.data.order import Order, generator_of
 from unicom_dist.data.shardset import ShardSet, part_name
 from unicom_dist.data.tar import ShardWriter
 from unicom_dist.data.text import Vocabulary
+from unicom_dist.models.attention import AttentionPlan
 from unicom_dist.models.codec import CodecBatch, LatentStats
 from unicom_dist.models.compressor import Compressor
-from unicom_dist.models.segments import PackedBatch
+from unicom_dist.models.segments import PackedBatch, Segment
+from unicom_dist.models.share import Share
+from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.awkward import awkward_pictures, near
 from unicom_dist.testing.shards import FINGERPRINT, write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
@@ -166,6 +170,21 @@ def test_closing_does_not_lose_prepared_steps(config: Config, vocabulary: Vocabu
         for _ in range(4):
             assert same(steady.next_step(), interrupted.next_step())
             interrupted.close()
+
+
+def test_attention_is_prepared_with_the_batch(config: Config, vocabulary: Vocabulary) -> None:
+    """In the loader's thread, for what the batch holds."""
+    where = []
+
+    def plan(segments: list[Segment]) -> AttentionPlan:
+        where.append((threading.current_thread().name, segments))
+        return AttentionPlan.build(segments, torch.float32)
+
+    with PriorLoader(config, stage(config, **MIXED), vocabulary, STATS, plan=plan) as loader:
+        batches = loader.next_step()
+    assert where[: len(batches)] == [("data", batch.segments) for batch in batches]
+    share = Share(Mesh(0, 1, torch.device("cpu")))
+    assert all(batch.plan is share.attend(batch, torch.float32) for batch in batches)
 
 
 def test_resuming_costs_the_same_whatever_was_consumed(config: Config, vocabulary: Vocabulary) -> None:

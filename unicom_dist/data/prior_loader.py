@@ -6,7 +6,7 @@ named, and the next of its task takes its place. The state holds the draws per t
 it does not grow with what was consumed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from unicom_dist.data.prefetch import BadSamples, Share, State, StepLoader
 from unicom_dist.data.samples import TASKS, Arrays, Content, Layout, Layouts, Task, collate
 from unicom_dist.data.shardset import ShardSet
 from unicom_dist.data.text import Vocabulary
+from unicom_dist.models.attention import Plan
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.flow import sample_t
-from unicom_dist.models.segments import PackedBatch
+from unicom_dist.models.segments import PackedBatch, Segment
 
 # Share of the text-to-image samples prompted with one of the further captions (keywords) instead of the caption.
 FURTHER_CAPTIONS = 0.2
@@ -168,7 +169,8 @@ class PriorLoader(StepLoader[PackedBatch]):
     """Training batches of a prior stage for one data-parallel rank.
 
     `stats` are those of the latents in `run_dir/latents`; `expect_fingerprint`: {part: fingerprint} of the features
-    ("siglip2", …) and latents ("latent"). DataError: missing or foreign parts, too many bad samples (`next_step`).
+    ("siglip2", …) and latents ("latent"). `plan` prepares attention, in the loader's thread.
+    DataError: missing or foreign parts, too many bad samples (`next_step`).
     """
 
     def __init__(
@@ -181,8 +183,10 @@ class PriorLoader(StepLoader[PackedBatch]):
         dp_size: int = 1,
         *,
         expect_fingerprint: Mapping[str, str] | None = None,
+        plan: Callable[[list[Segment]], Plan] | None = None,
         prefetch: int = 2,
     ) -> None:
+        self._plan_attention = plan
         self._mixture = MixtureSchedule({task: getattr(stage.mixture, task) for task in TASKS})
         tasks = [task for task in TASKS if task in self._mixture.shares]
         joint = stage.joint.enabled
@@ -229,7 +233,13 @@ class PriorLoader(StepLoader[PackedBatch]):
         self._row_count += len(rows)
         self._filled += sum(planned.length for row in rows for planned in row)
         mine = rows[self._share.first : self._share.first + self._share.count]
-        return [self._reader.read([planned for row in piece for planned in row]) for piece in self._share.cut(mine)]
+        return [self._batch([planned for row in piece for planned in row]) for piece in self._share.cut(mine)]
+
+    def _batch(self, samples: list[Planned]) -> PackedBatch:
+        batch = self._reader.read(samples)
+        if self._plan_attention is not None:
+            batch.plan = self._plan_attention(batch.segments)
+        return batch
 
     def _next_row(self) -> list[Planned]:
         while True:

@@ -186,6 +186,7 @@ class _Cut:
 
     def __init__(self, piece: Piece, stairs: Tensor) -> None:
         self._queries, self._keys = slice(piece.begin, piece.end), [slice(*places) for places in piece.keys]
+        self._lengths = [end - begin for begin, end in piece.keys]
         self.causal = piece.causal and not piece.before
         self.bias: Tensor | None = None
         if piece.causal and piece.before:
@@ -212,13 +213,13 @@ class _Cut:
         if y.shape[0] * y.shape[1] != into.shape[1]:
             y = y.sum(1, keepdim=True)
         y = y.permute(2, 0, 1, 3).flatten(1, 2)
-        for places, part in zip(self._keys, y.split([s.stop - s.start for s in self._keys]), strict=True):
+        for places, part in zip(self._keys, torch.split(y, self._lengths), strict=True):
             into[places].add_(part)
 
 
 def _heads(x: Tensor, split: int) -> Tensor:
     """[n, H, K] -> [split, H / split, n, K], a view."""
-    return x.unflatten(1, (split, -1)).permute(1, 2, 0, 3)
+    return x.view(len(x), split, -1, x.shape[2]).permute(1, 2, 0, 3)
 
 
 def _stairs(pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
@@ -244,7 +245,7 @@ class _Whole(NamedTuple):
 
     def queries(self, x: Tensor, groups: int) -> Tensor:
         """[S, H, K] -> [B, H, L, K]."""
-        return x.index_select(0, self.gather).unflatten(0, (len(self.bias), -1)).transpose(1, 2)
+        return x.index_select(0, self.gather).view(len(self.bias), -1, *x.shape[1:]).transpose(1, 2)
 
     def keys(self, x: Tensor, heads: int) -> Tensor:
         """[S, G, K] -> [B, H, L, K]."""
@@ -258,7 +259,7 @@ class _Whole(NamedTuple):
 
     def add(self, into: Tensor, y: Tensor) -> None:
         """The gradient of `keys`: [B, H, L, K] into [S, G, K], where nobody else has any."""
-        self.put(into, y if y.shape[1] == into.shape[1] else y.unflatten(1, (into.shape[1], -1)).sum(2))
+        self.put(into, y if y.shape[1] == into.shape[1] else y.view(len(y), into.shape[1], -1, *y.shape[2:]).sum(2))
 
 
 def _whole(documents: Sequence[Document], dtype: torch.dtype) -> _Whole:

@@ -39,6 +39,7 @@ from unicom_dist.models.kernels import use
 from unicom_dist.models.published import published_source
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.sharding import outline
+from unicom_dist.models.share import Share
 from unicom_dist.models.target import Target, build_target, check_vae, vae_fingerprint
 from unicom_dist.models.transfusion import Transfusion, initial_weight
 from unicom_dist.objective.perceptual_loss import PerceptualLoss, load_perceptual, scheduled
@@ -317,6 +318,8 @@ class PriorTask(Task[PackedBatch]):
 
     def loader(self, mesh: Mesh) -> StepLoader[PackedBatch]:
         expected: dict[str, str] = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
+        share = Share(mesh)
+        share.flex = choose(self.config.kernels, cuda=mesh.device.type == "cuda").flex_attention
         return PriorLoader(
             self.config,
             self.stage,
@@ -325,6 +328,7 @@ class PriorTask(Task[PackedBatch]):
             mesh.dp.rank,
             mesh.dp.size,
             expect_fingerprint=expected,
+            plan=partial(share.plan, dtype=torch.float32),  # masks serve bfloat16 queries as well
         )
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
