@@ -283,7 +283,7 @@ def test_latents_keep_the_ratio_of_the_picture_in_every_bucket(tmp_path: Path) -
     latents.run(config)
     together = joined(config, "train")
     grids = [json.loads(bytes(together[n].parts["latent"]["json"]))["grid"] for n in range(12)]
-    assert grids == [[4, 4], [2, 6], [6, 2], [3, 5]] * 3
+    assert grids == [[4, 4], [2, 7], [7, 2], [3, 5]] * 3
     for number, (rows, columns) in enumerate(grids):
         sample = together[number]
         assert read_npy(sample.parts["latent"]["latent.npy"], sample.key).shape == (rows * columns, 4)
