@@ -115,3 +115,25 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
     changed = loaded.config.model_copy(update={"codec": loaded.config.codec.model_copy(update={"timestep_shift": 2.0})})
     with pytest.raises(ConfigError, match=r"codec\.timestep_shift = 1\.0, the recipe now says 2\.0"):
         codec.run(Loaded(changed, {}, loaded.path), lambda line: None, CHEAP)
+
+
+def test_mlflow_shows_a_nested_run_per_training(finished, tmp_path):
+    from mlflow import MlflowClient
+
+    from unicom_dist.tracking.mlflow_runs import MlflowRuns
+
+    folder, uri = Path(finished[0].config.run_dir), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    while not MlflowRuns(folder, uri, "ablations").send():
+        pass
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    found = client.search_runs([client.get_experiment_by_name("ablations").experiment_id])
+    runs = {run.info.run_name: run for run in found}
+    assert set(runs) == {folder.name, "identity-12-seed-0", "mlp-2-seed-0"}
+    parent, nested = runs[folder.name], runs["mlp-2-seed-0"]
+    assert nested.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert nested.data.params["codec.compressor.kind"] == "mlp"
+    assert nested.data.params["seed"] == "0"
+    measured = json.loads((folder / "mlp-2/seed-0/measured.json").read_text())["values"]["PSNR"]
+    assert nested.data.metrics["eval/PSNR"] == pytest.approx(sum(measured) / len(measured))
+    names = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"ablation.html", "ablation.json", "samples"} <= names
