@@ -56,7 +56,7 @@ def attention(segments: list[Segment]) -> dict[str, Callable[[], object]]:
     shapes = [(positions, heads, CHANNELS) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     tensors = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
     builds: dict[str, Callable[[], Any]] = {
-        "padded, dense mask": lambda: AttentionPlan.build(segments, torch.bfloat16, "cuda"),
+        "cut, plain products": lambda: AttentionPlan.build(segments, torch.bfloat16, "cuda"),
         "FlexAttention": lambda: FlexPlan.build(segments, "cuda"),
     }
 
