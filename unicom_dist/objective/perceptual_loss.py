@@ -25,7 +25,7 @@ from unicom_dist.objective.perceptual import Lpips
 
 log = logging.getLogger(__name__)
 
-DOCS = "docs/training.md"
+DOCS = "docs/codec.md"
 LEAST_PX = 32  # below, the last stages of a network are empty
 JUDGES = {"lpips-vgg": "the LPIPS", "resnet50": "the judge's verdict"}  # what evaluation finds with a network
 
