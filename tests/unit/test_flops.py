@@ -85,7 +85,8 @@ def test_codec_flops_equal_the_counter_without_attention(concat: bool, frozen: b
     codec = Codec(CodecConfig(compressor=CompressorConfig(channels=8, heads=2), decoder=decoder), FEATURES)
     for parameter in codec.parameters():  # adaLN-zero would not change the counts, but zeros hide nothing here
         torch.nn.init.normal_(parameter, std=0.02)
-    codec.decoder.flux.transformer_blocks.requires_grad_(not frozen)
+    codec.decoder.flux.transformer_blocks[0].ff.requires_grad_(not frozen)
+    codec.decoder.flux.transformer_blocks[0].ff_context.requires_grad_(not frozen)
     grid = torch.cartesian_prod(torch.arange(3), torch.arange(3)).expand(2, -1, -1)
     batch = CodecBatch(
         images=torch.rand(2, 3, 16, 16), features=torch.randn(2, 9, FEATURES), mask=torch.ones(2, 9, dtype=torch.bool),

@@ -107,7 +107,7 @@ class VaeTarget:
     def encode(self, images: Tensor) -> Tensor:
         together = max(1, ENCODED_TOGETHER // (images.shape[2] * images.shape[3]))
         latents = []
-        for some in images.float().split(together):
+        for some in torch.split(images.float(), together):
             encoded = self._vae.encode(some)
             latents.append(encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents)
         return (torch.cat(latents) - self._shift) * self._factor
