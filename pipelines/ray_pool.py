@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 << 20  # only task descriptions and results pass through it; data goes from file to file
 POLL_S = 0.5
+NODE_CHECK_S = 5.0
 # glibc gives freed tensors back to the system at once, and asking for them again costs more than the encoder's work.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
@@ -167,6 +169,7 @@ class ActorPool:
         self._running: dict[Any, tuple[Any, Any]] = {}
         self._asked: dict[Any, Any] = {}
         self._counts: dict[Any, int] = {}
+        self._next_check = 0.0
         self._terminated = False
         self._previous: Any = None
 
@@ -174,7 +177,7 @@ class ActorPool:
         """(task, result) as they finish. `on_count`: samples done in unfinished tasks, a few times per second.
 
         The error of a worker, if it is a UnicomError; DataError for any other; PreflightError when a task's actor was
-        killed ATTEMPTS times.
+        killed ATTEMPTS times, or Ray's own processes here were.
         """
         waiting = deque(tasks)
         attempts: dict[str, int] = {}
@@ -211,6 +214,7 @@ class ActorPool:
                     self._idle.append(actor)
                     yield task, result
             on_count(self._poll())
+            self._check_node()
 
     def _poll(self) -> int:
         """Samples done in the running tasks, as far as their actors have answered."""
@@ -223,6 +227,20 @@ class ActorPool:
                     self._counts[actor] = self._ray.get(ref)
                 self._asked[actor] = None
         return sum(self._counts.values())
+
+    def _check_node(self) -> None:
+        """PreflightError once this machine's Ray is gone: whoever waits for it would wait for ever, without an error."""
+        if time.monotonic() < self._next_check:
+            return
+        self._next_check = time.monotonic() + NODE_CHECK_S
+        here = self._ray.get_runtime_context().get_node_id()
+        if not any(node["NodeID"] == here and node["Alive"] for node in self._ray.nodes()):
+            raise PreflightError(
+                "Ray on this machine has ended",
+                "one of its own processes (raylet, gcs_server or an agent) was killed; often the memory ran out",
+                "run the command again; finished shards are kept",
+                "docs/data.md",
+            )
 
     def _note_termination(self, *_: object) -> None:
         self._terminated = True

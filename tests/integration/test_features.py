@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -367,3 +368,37 @@ def test_sigterm_ends_the_job_with_the_exit_code_for_requeueing(session: None, t
             pass
     assert caught.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+LOSES_RAY = """
+import os, sys, time
+import psutil
+from pipelines.ray_pool import ActorPool, Resources, ray_session
+from unicom_dist.config.errors import PreflightError
+
+class Slow:
+    def process(self, task, count):
+        time.sleep(600)
+
+class Named:
+    name = "a"
+
+def kill(_):
+    for child in psutil.Process().children():
+        if child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE:
+            child.kill()
+
+share = Resources(1, 1)
+try:
+    with ray_session(share), ActorPool(Slow, share) as pool:
+        list(pool.run([Named()], kill))
+except PreflightError as error:
+    print(error.what)
+"""
+
+
+def test_a_job_whose_ray_is_killed_ends_and_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES_RAY], capture_output=True, text=True, timeout=180, check=False, env=os.environ
+    )
+    assert done.stdout.strip().endswith("Ray on this machine has ended"), done.stdout + done.stderr
