@@ -177,7 +177,10 @@ def result(tmp_path, monkeypatch):
         measured.append(Measured(keys, 1000, {key: list(v) for key, v in figures.items()}, {}))
         early, late = (0.9, 0.3) if "pool" not in name else (0.7, 0.5)
         noise = random.normal(0, 0.01)
-        stages[cell.name] = Stage("codec", {"loss/flow": Curve([], [(50, early + noise), (300, late + noise)])}, 60.0)
+        stages[cell.name] = Stage("codec", {}, 60.0)
+        for shift in (-0.05, 0.05):
+            curve = Curve([], [(50, early + noise + shift), (300, late + noise - shift)])
+            stages[cell.name].curves[f"loss/flow@{0.5 + shift}"] = curve
     monkeypatch.setattr(codec, "read_stage", lambda cell: stages[cell.name])
     tokens = {name: 64 if point.all_tokens else 16 for name, point in points.items()}
     return codec.summary(config, stage, points, tokens, cells, measured)
@@ -204,6 +207,9 @@ def test_claims_follow_from_the_figures(result):
     dynamics = next(claim for text, claim in found.items() if "slower" in text)
     assert dynamics["verdict"] == "agrees"
     assert len(dynamics["findings"]) == 4
+    assert [step for step, _ in result["variants"][0]["curves"]["loss/flow"]] == [50, 300]
+    assert result["variants"][0]["curves"]["loss/flow"][0][1] == pytest.approx(0.9, abs=0.02)
+    assert result["variants"][0]["curves"]["loss/perceptual"] == []
 
 
 def test_the_page_shows_verdicts_figures_and_noise(result, tmp_path):

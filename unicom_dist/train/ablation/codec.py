@@ -117,6 +117,7 @@ def summary(
         "steps": stage.steps,
         "batch": stage.batch,
         "image_px": config.codec.decoder.image_px,
+        "concat_tokens": config.codec.decoder.concat_tokens,
         "seeds": sorted({cell.seed for cell in cells}),
         "pictures": len(measured[0].keys),
         "training_s": round(sum(one.busy_s for several in stages.values() for one in several)),
@@ -157,11 +158,12 @@ def seed_std(tables: Sequence[NDArray[np.float64]]) -> float | None:
 
 
 def held_out(stage: Stage, name: str) -> Points:
-    """The held-out curve of a training; empty where the quantity was not recorded."""
-    return stage.curves[name].heldout if name in stage.curves else []
+    """The held-out curve of a training, the mean over the fixed times; empty where the quantity was not recorded."""
+    times = [curve.heldout for key, curve in stage.curves.items() if key.startswith(f"{name}@")]
+    return mean_curve(times) if times else []
 
 
 def mean_curve(curves: Sequence[Points]) -> Points:
-    """The mean over trainings at the steps all of them have."""
+    """The mean of curves at the steps all of them have."""
     steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
     return [(step, sum(dict(curve)[step] for curve in curves) / len(curves)) for step in steps]

@@ -46,8 +46,10 @@ def render(result: Result, sheet: Path, run_dir: Path) -> str:
 
 def sheet(result: Result, originals: Sequence[Image.Image], strips: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     """Originals above, then one row per variant."""
-    rows = [("original", originals)]
-    rows += [(name_of(variant), strips[variant["name"]]) for variant in result["variants"]]
+    rows: list[tuple[str, Sequence[Image.Image]]] = [("original", originals)]
+    for variant in result["variants"]:
+        name = name_of(variant).replace("×", "x")  # the built-in font has no such sign
+        rows.append((name, strips[variant["name"]]))
     return picture_sheet(rows)
 
 
@@ -190,20 +192,25 @@ def curves(result: Result) -> Markup | None:
     variants = result["variants"]
     width = reference_width([point_of(v) for v in variants if v["kind"] != "identity" and v["spatial"] == "none"])
     told = [v for v in variants if v["kind"] == "identity" or (v["spatial"] == "none" and v["channels"] == width)]
-    groups = [("the paper's comparison", told)]
-    for kind in ("attention", "mlp"):
-        groups.append((kind, [v for v in variants if v["kind"] == kind]))
-    charts = []
+    groups = [("The paper's comparison", told)]
+    for kind, name in (("attention", "Attention"), ("mlp", "MLP")):
+        groups.append((name, [v for v in variants if v["kind"] == kind]))
+    blocks: list[Child] = []
     for title, group in groups:
+        charts = []
         for key, name in (("loss/flow", "held-out flow loss"), ("loss/perceptual", "held-out perceptual loss")):
             lines = [
                 Line(name_of(v), [(step, value) for step, value in v["curves"][key]], shade(v, group), dots=True)
                 for v in group
             ]
-            charts.append(chart(f"{name}: {title}", lines, labels=True))
-    shown = [item for item in charts if item]
-    note = "Of the averaged weights, which trail behind while the loss falls fast. Means over the seeds."
-    return join(tag("div", *shown, class_="charts"), tag("p", note)) if shown else None
+            charts.append(chart(name, lines, labels=True))
+        if any(charts):
+            wide = "grid-template-columns: repeat(auto-fill, minmax(420px, 1fr))"
+            blocks += [tag("h3", title), tag("div", *(item for item in charts if item), class_="charts", style=wide)]
+    note = (
+        "Of the averaged weights, which trail behind while the loss falls fast. Means over the seeds and fixed times."
+    )
+    return join(*blocks, tag("p", note)) if blocks else None
 
 
 def method(result: Result) -> Markup:
@@ -216,12 +223,20 @@ def method(result: Result) -> Markup:
             f" Two trainings of one variant that differ in nothing but the seed lie {noise:.2f} dB PSNR apart (standard"
             f" deviation, pooled over the variants); the variants lie between {min(means):.2f} and {max(means):.2f} dB."
         )
+    wiring = ""
+    if result["concat_tokens"]:
+        wiring = (
+            " Beside reading all tokens by attention, each patch of the decoder is given the token at its place"
+            " (concat_tokens): with a quarter of the tokens several patches share one. The paper's decoder has"
+            " attention only; this one may favour all tokens."
+        )
     texts = [
         f"Every variant was trained with seeds {', '.join(map(str, result['seeds']))} for {result['steps']} steps of"
         f" {result['batch']} pictures, with the same decoder, learning rate and loss, and with one seed on the same"
-        " pictures in the same order with the same noise. Trainings are short: the page compares how far variants come"
-        " in equal steps, not where they would end." + by_seed,
-        "Spatial variants make one token of 2 × 2, by their mean or by a learned query, before channels are narrowed.",
+        " pictures in the same order with the same noise. The page compares how far they come in these steps, not where"
+        " they would end." + by_seed,
+        "Spatial variants make one token of 2 × 2, by their mean or by a learned query, before channels are narrowed."
+        + wiring,
         "Held-out pictures are drawn anew from their features with the same noise for every variant. PSNR, SSIM and"
         " LPIPS (VGG; training looks through AlexNet) compare pictures at the size that is drawn, feature cosine what"
         " the encoder sees in them.",
