@@ -14,6 +14,7 @@ stages:
   - {name: codec, kind: codec, steps: 10, batch: 8, lr: 1e-3}
   - {name: sft, kind: prior, steps: 20}
 """
+JOINT = "stages.sft.joint.enabled = true with codec.compressor."
 
 
 def write(folder: Path, text: str, name: str = "small.yaml") -> Path:
@@ -147,6 +148,17 @@ def test_several_problems_are_all_named(tmp_path):
         (["stages.sft.mixture={text_to_image: 0}"], "stages.sft.mixture: all weights are 0", "positive"),
         (["stages.sft.name=codec"], "stages = ['codec', 'codec']", "own name"),
         (["stages.sft.kind=latents"], "stages.sft: steps = 20", "remove"),
+        (["codec.compressor.spatial=pool", "stages.sft.joint={enabled: true}"], JOINT + "spatial", "spatial: none"),
+        (
+            ["codec.compressor.bottleneck=kl", "stages.sft.joint={enabled: true}"],
+            JOINT + "bottleneck",
+            "bottleneck: none",
+        ),
+        (
+            ["codec.compressor.kind=identity", "codec.compressor.bottleneck=tanh"],
+            "codec.compressor: bottleneck",
+            "none",
+        ),
     ],
 )
 def test_combinations_that_cannot_work_say_what_would(tmp_path, overrides, what, remedy):
