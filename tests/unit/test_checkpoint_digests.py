@@ -104,17 +104,18 @@ def test_a_checkpoint_written_without_digests_is_read(tmp_path, monkeypatch):
         read_all(latest(tmp_path), layout)
 
 
-def test_a_digest_is_kept_of_each_mebibyte(tmp_path):
-    values = torch.randn((1 << 18) * 2 + 5)
+def test_a_digest_is_kept_of_each_piece_of_the_data(tmp_path):
+    piece = tensorfile.DIGEST_OF // 4  # numbers
+    values = torch.randn(piece * 2 + 5)
     tensorfile.write_tensors(tmp_path / "f", {"a": values[:7], "b": values[7:]}, {})
     file = TensorFile(tmp_path / "f")
     assert len(file._digests) == 3 * 16
     assert torch.equal(torch.cat([file.read("a"), file.read("b")]), values)
     part = torch.empty(11)
-    file.read_at(file.position("b", (1 << 18) - 12, 11, torch.float32), part)  # across the first border
-    assert torch.equal(part, values[(1 << 18) - 5 : (1 << 18) + 6])
-    flip(tmp_path / "f", file._data + (2 << 20) + 3)
+    file.read_at(file.position("b", piece - 12, 11, torch.float32), part)  # across the first border
+    assert torch.equal(part, values[piece - 5 : piece + 6])
+    flip(tmp_path / "f", file._data + 8 * piece + 3)
     again = TensorFile(tmp_path / "f")
-    again.read_at(again.position("b", 0, 11, torch.float32), part)  # the first mebibyte is as it was
+    again.read_at(again.position("b", 0, 11, torch.float32), part)  # the first piece is as it was
     with pytest.raises(CheckpointError, match="cannot be read"):
         again.read("b")

@@ -1,7 +1,7 @@
 """Safetensors files written tensor by tensor and read in pieces: memory never holds more than what is asked for.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} padded with spaces,
-the data. Checkpoints also keep a digest of every MiB of data in the header's metadata: what is read is held against
+the data. Checkpoints also keep a digest of every 128 KiB of data in the header's metadata: what is read is held against
 them, so that a byte that changed on the disk or on the way is found.
 Written here because the library's writer wants all tensors at once and turns each into a bytes object first; read here
 because its slices are new tensors, and a checkpoint's bytes belong at their place in a buffer that is there.
@@ -27,7 +27,7 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ENTRY_BYTES = 224  # of the header, beside the name: eight dimensions and two offsets of thirteen digits fit
 _BLOCK_BYTES = 1 << 20  # read at a time where only parts of rows are wanted
 DIGESTS = "xxh3_64"  # key of the metadata: one after the other, the digests of every ...
-DIGEST_OF = 1 << 20  # ... so many bytes of data
+DIGEST_OF = 1 << 17  # ... so many bytes of data: the least that is read where a cut wants less
 _DIGITS = 16  # of a digest, hexadecimal
 
 
