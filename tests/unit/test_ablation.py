@@ -247,7 +247,7 @@ def test_intervals_below_each_other():
     svg = forest("PSNR", bars, "dB", zero="none")
     assert svg is not None
     assert "a &lt;b&gt;" in svg
-    assert "1 (0.5 to 1.5)" in svg
+    assert "1.00 (0.50 to 1.50)" in svg
     assert "inf" not in svg
     assert svg.count("<circle") == 2
     assert forest("PSNR", []) is None

@@ -7,7 +7,7 @@ from unicom_dist.tracking.report.charts import Axis, number, ticks
 from unicom_dist.tracking.report.html import Child, Markup, tag
 
 WIDTH, ROW, NAMES = 760, 20, 250  # pixels: of the chart, of a row, of the rows' names
-_TOP, _BOTTOM, _RIGHT = 6, 24, 120
+_TOP, _BOTTOM, _RIGHT = 6, 24, 130
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,11 @@ class Bar:
     color: str
 
 
-def forest(title: str, bars: list[Bar], unit: str = "", zero: str = "") -> Markup | None:
-    """The chart of `bars`, None without any. With `zero` a line at 0 stands for what they are compared with."""
+def forest(title: str, bars: list[Bar], unit: str = "", zero: str = "", digits: int = 2) -> Markup | None:
+    """The chart of `bars`, None without any. With `zero` a line at 0 stands for what they are compared with.
+
+    digits: behind the point, of the figures beside the bars.
+    """
     bars = [bar for bar in bars if math.isfinite(bar.mean)]
     if not bars:
         return None
@@ -40,7 +43,7 @@ def forest(title: str, bars: list[Bar], unit: str = "", zero: str = "") -> Marku
         x = round(axis.px(0), 1)
         marks.append(tag("line", class_="axis", x1=x, x2=x, y1=_TOP, y2=bottom))
     for place, bar in enumerate(bars):
-        marks += _row(bar, _TOP + ROW * (place + 0.5), axis)
+        marks += _row(bar, _TOP + ROW * (place + 0.5), axis, digits)
     height = bottom + _BOTTOM
     label = f"{title}: {', '.join(f'{bar.name} {number(bar.mean)}' for bar in bars)}"
     svg = tag("svg", *marks, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=label)
@@ -49,14 +52,14 @@ def forest(title: str, bars: list[Bar], unit: str = "", zero: str = "") -> Marku
     return tag("figure", caption, svg, class_="chart")
 
 
-def _row(bar: Bar, y: float, axis: Axis) -> list[Child]:
+def _row(bar: Bar, y: float, axis: Axis, digits: int) -> list[Child]:
     low, high = max(bar.low, axis.low), min(bar.high, axis.high)
     left, right = round(axis.px(low), 1), round(axis.px(high), 1)
     known = math.isfinite(bar.low) and math.isfinite(bar.high)
-    interval = f" ({number(bar.low)} to {number(bar.high)})" if known else ""
+    interval = f" ({bar.low:.{digits}f} to {bar.high:.{digits}f})" if known else ""
     return [
         tag("text", bar.name, x=NAMES - 12, y=y + 3.5, text_anchor="end"),
         tag("line", x1=left, x2=right, y1=y, y2=y, stroke=bar.color, stroke_width=2.5 if known else 0.6),
         tag("circle", cx=round(axis.px(bar.mean), 1), cy=y, r=3.6, fill=bar.color),
-        tag("text", f"{number(bar.mean)}{interval}", x=WIDTH - _RIGHT + 8, y=y + 3.5),
+        tag("text", f"{bar.mean:.{digits}f}{interval}", x=WIDTH - _RIGHT + 8, y=y + 3.5),
     ]

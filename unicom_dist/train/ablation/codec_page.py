@@ -138,7 +138,7 @@ def equal_steps(result: Result) -> Markup:
             Bar(name_of(variant), *_numbers(variant["against_whole"][metric.name]), color_of(variant))
             for variant in result["variants"][1:]
         ]
-        charts.append(forest(f"{metric.name}: difference to {whole}", bars, metric.unit, zero=whole))
+        charts.append(forest(f"{metric.name}: difference to {whole}", bars, metric.unit, whole, metric.digits))
     note = (
         "95 % intervals over seeds and pictures. Those of the table are wide because pictures differ; the charts"
         " compare variants seed by seed and picture by picture. Parameters: of compressor and decompressor."
@@ -158,7 +158,9 @@ def equal_scalars(result: Result) -> Markup | None:
             Bar(f"{f['left']} | {f['right'].partition(',')[0]}", *_numbers(f["difference"]), "#3465a4") for f in found
         ]
         zero = "as good with a quarter of the tokens"
-        charts.append(forest(f"{metric.name}: all tokens minus a quarter of them", bars, metric.unit, zero=zero))
+        charts.append(
+            forest(f"{metric.name}: all tokens minus a quarter of them", bars, metric.unit, zero, metric.digits)
+        )
     text = f"{_sentence(claim['verdict'])} Both sides of a pair have as many values per picture and the same steps."
     return join(tag("p", text), tag("div", *charts, style=STACK))
 
