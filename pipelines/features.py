@@ -26,6 +26,7 @@ from pipelines.parts import (
     ShardTask,
     check_bad,
     check_room,
+    further_sets,
     part_sets,
     progress_rows,
     reason_of,
@@ -215,7 +216,7 @@ def verify(config: Config) -> list[str]:
 
 def _sets(config: Config) -> list[PartSet]:
     data = Path(config.data.path)
-    return part_sets(data, SETS, "", config.encoder.kind, data)
+    return part_sets(data, [*SETS, *further_sets(config)], "", config.encoder.kind, data)
 
 
 def _ledger(config: Config) -> Path:

@@ -1,4 +1,4 @@
-"""`unicom data ingest`: a source into the shard sets train/, augmented/ and heldout/ under `data.path`.
+"""`unicom data ingest`: a source into the shard sets train/, augmented/ and heldout/ in `data.path`, and their edits.
 
 Pictures are prepared by a process per core, in key order, and written by this process alone. Which keys are held out
 follows from a hash of the key. A set is finished when its manifest is there: an interrupted one is started again, a
@@ -15,13 +15,14 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.edit_sets import write_edit_sets
 from pipelines.parts import reason_of
 from pipelines.pictures import Stored, make_views
 from pipelines.progress import JobProgress
+from pipelines.shard_sets import SetSummary, existing, fingerprint
 from pipelines.sources import Record, Source, open_source
 from unicom_dist.config.errors import DataError, PreflightError
 from unicom_dist.config.schema import Config, DataConfig
@@ -33,27 +34,6 @@ log = logging.getLogger(__name__)
 DOCS = "docs/data.md"
 CHUNK = 16  # pictures a worker process prepares at a time
 BYTES_PER_PIXEL = 1.2  # lossless WebP of photographs; an upper estimate for drawings
-
-
-@dataclass
-class SetSummary:
-    """What one shard set holds, and what was left out of it."""
-
-    name: str
-    samples: int
-    shards: int
-    bytes: int
-    reused: bool
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def line(self) -> str:
-        """One line for the screen."""
-        state = "already there" if self.reused else "written"
-        text = f"{self.name}: {self.samples} samples in {self.shards} shards, {self.bytes / 1e6:.1f} MB, {state}"
-        if self.skipped:
-            some = "; ".join(f"{key}: {reason}" for key, reason in itertools.islice(self.skipped.items(), 3))
-            text += f"; {len(self.skipped)} skipped ({some}{'; …' if len(self.skipped) > 3 else ''})"
-        return text
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -88,7 +68,7 @@ def run(config: Config, assets: str | Path = "assets", workers: int = 0) -> list
     )
     todo = []
     for name, records, views in plan:
-        manifest = _existing(target / name, _producer(source, name, views, config))
+        manifest = existing(target / name, _producer(source, name, views, config))
         if manifest is None:
             todo.append((name, records, views))
     pictures = sum(len(records) * len(views) for _, records, views in todo)
@@ -100,12 +80,10 @@ def run(config: Config, assets: str | Path = "assets", workers: int = 0) -> list
                 _write_set(pool, source, name, records, views, config)
     summaries = []
     for name, _, _ in plan:
-        manifest = Manifest.read(target / name)
-        reused = name not in {done for done, _, _ in todo}
-        summaries.append(
-            SetSummary(name, manifest.samples, len(manifest.shards), manifest.bytes, reused, manifest.skipped)
-        )
+        summaries.append(SetSummary.of(target / name, name not in {done for done, _, _ in todo}))
         log.info("%s", summaries[-1].line())
+    if data.edits:
+        summaries += write_edit_sets(config)
     return summaries
 
 
@@ -122,34 +100,6 @@ def _producer(source: Source, name: str, views: range, config: Config) -> dict[s
     if len(views) and views[0]:
         producer |= {"views": len(views), "seed": config.seed}
     return producer
-
-
-def _fingerprint(producer: dict[str, Any]) -> str:
-    return hashlib.sha256(repr(sorted(producer.items())).encode()).hexdigest()[:32]
-
-
-def _existing(folder: Path, producer: dict[str, Any]) -> Manifest | None:
-    """The manifest of a finished set, None if there is none. DataError if it was made from something else."""
-    if not Manifest.file(folder).is_file():
-        return None
-    manifest = Manifest.read(folder)
-    if manifest.fingerprint != _fingerprint(producer):
-        differing = [
-            f"{name} was {manifest.producer.get(name)!r}, now {value!r}"
-            for name, value in producer.items()
-            if manifest.producer.get(name) != value
-        ]
-        raise DataError(
-            f"{folder} holds shards of another source or other settings",
-            "; ".join(differing) or "the manifest is of another version",
-            f"remove {folder} to make them again, or set data.path to another folder",
-            DOCS,
-        )
-    problems = manifest.verify(folder)
-    if problems:
-        log.warning("%s: %s; making the set again", folder, problems[0])
-        return None
-    return manifest
 
 
 def _check_room(target: Path, needed: float) -> None:
@@ -222,7 +172,7 @@ def _write_set(
     if not samples and name != "heldout":
         raise DataError(f"{folder}: no sample is left", f"{len(bad)} were skipped", "check the source", DOCS)
     producer = _producer(source, name, views, config)
-    manifest = Manifest(fingerprint=_fingerprint(producer), producer=producer, shards=entries, skipped=skipped | bad)
+    manifest = Manifest(fingerprint=fingerprint(producer), producer=producer, shards=entries, skipped=skipped | bad)
     manifest.write(folder)
 
 

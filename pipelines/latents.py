@@ -27,6 +27,7 @@ from pipelines.parts import (
     ShardTask,
     check_bad,
     check_room,
+    further_sets,
     part_sets,
     reason_of,
     record,
@@ -51,7 +52,7 @@ from unicom_dist.tracking.metrics import MetricsWriter, read_metrics
 
 log = logging.getLogger(__name__)
 PART, FEATURES = "latent", "features"
-SETS = ("train", "heldout")  # the prior reads these; augmented views serve the codec
+SETS = ("train", "heldout")  # the prior reads these, and conversations; augmented views serve the codec
 IMAGES_PER_WORKER = 512  # an actor for fewer costs more than it saves
 STD_FLOOR = 1e-4  # a dead channel must not turn into infinities
 DOCS = "docs/data.md"
@@ -178,7 +179,7 @@ def run(config: Config) -> list[Manifest]:
     codec, target = run_dir / "weights" / (name or "codec"), run_dir / "latents"
     settings = _codec_config(codec)
     data = Path(config.data.path)
-    sets = part_sets(data, SETS, config.encoder.kind, PART, target)
+    sets = part_sets(data, [*SETS, *further_sets(config)], config.encoder.kind, PART, target)
     for part in sets:
         if part.manifest.fingerprint != settings.get("encoder_fingerprint"):
             raise DataError(

@@ -1,7 +1,7 @@
 """What features and latents share: which shards of a set are still to be made, and the manifest when all are.
 
 A shard of a part is finished when the ledger says so for the same producer and the same images, and the file has the
-size noted there. Sets are the folders train/, augmented/ and heldout/ below `data.path`.
+size noted there. Sets are the folders train/, augmented/ and heldout/ below `data.path`, and those of conversations.
 """
 
 import itertools
@@ -14,12 +14,25 @@ from typing import Any
 
 from pipelines.ledger import Entry, Ledger, read_ledger
 from unicom_dist.config.errors import DataError, PreflightError
+from unicom_dist.config.schema import Config
+from unicom_dist.data.decode import IMAGE_EXTENSIONS
 from unicom_dist.data.manifest import Manifest
-from unicom_dist.data.shardset import part_name
+from unicom_dist.data.shardset import ShardSet, part_name
 from unicom_dist.data.tar import ShardEntry, write_failed
 
 DOCS = "docs/data.md"
 SETS = ("train", "augmented", "heldout")
+
+
+def further_sets(config: Config) -> list[str]:
+    """The sets of conversations whose samples have images of their own. DataError: a damaged shard."""
+    root = Path(config.data.path)
+    there = [name for name in config.data.further_sets if Manifest.file(root / name).is_file()]
+    return [name for name in there if _has_images(ShardSet(root / name))]
+
+
+def _has_images(samples: ShardSet) -> bool:
+    return len(samples) > 0 and any(extension in samples[0].parts[""] for extension in IMAGE_EXTENSIONS)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from unicom_dist.config.layout import Layout, Recompute, Schedule, refusals
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Switch = Literal["auto", "on", "off"]
+EDITS = "edits"  # the set of edits that ingest makes
 
 
 class Unworkable(ValueError):
@@ -39,6 +40,11 @@ def _divisors(value: int) -> str:
     return ", ".join(str(number) for number in range(1, value + 1) if value % number == 0)
 
 
+def held_out_set(name: str) -> str:
+    """The set that is to a set of conversations what heldout/ is to train/."""
+    return f"{name}-heldout"
+
+
 class DataConfig(Section):
     """Image-text pairs and where their shards are."""
 
@@ -47,6 +53,7 @@ class DataConfig(Section):
     image_px: PositiveInt = Field(256, description="longest side of the stored images, pixels")
     held_out: Fraction = Field(0.08, description="share of the keys kept for evaluation, chosen by key hash")
     augmented_views: int = Field(0, ge=0, description="further views per training image (background, scale, shift, flip)")
+    edits: int = Field(0, ge=0, description="edits (recolour, mirror, crop, compose) made from the training images, as the set edits/; a fifth as many from held-out ones, as edits-heldout/")
     shard_samples: PositiveInt = Field(512, description="samples per tar")
     languages: list[str] = Field(["en"], description="CLDR languages the captions are taken from")
     conversations: dict[str, Literal["image_text_to_image", "interleaved"]] = Field(
@@ -54,6 +61,12 @@ class DataConfig(Section):
     )
     limit: int = Field(0, ge=0, description="use only the first N images of the source; 0 = all")
     max_bad_fraction: Fraction = Field(0.01, description="stop when more than this share of the samples is malformed")
+
+    @property
+    def further_sets(self) -> list[str]:
+        """Names of the sets of conversations, each followed by its held-out one; not all of them need be there."""
+        names = dict.fromkeys([*self.conversations, *([EDITS] if self.edits else [])])
+        return [each for name in names for each in (name, held_out_set(name))]
 
 
 class EncoderConfig(Section):

@@ -57,6 +57,23 @@ class Conversation:
             raise _bad(key, "the assistant says nothing, so there is nothing to learn")
         return cls(tuple(parsed))
 
+    @property
+    def texts(self) -> list[str]:
+        """All that is said, in order."""
+        return [part.text for message in self.messages for part in message.parts if isinstance(part, Words)]
+
+    def shown(self) -> list[tuple[str, str]]:
+        """(what is said since the image before, key) of every image."""
+        found: list[tuple[str, str]] = []
+        said: list[str] = []
+        for part in (part for message in self.messages for part in message.parts):
+            if isinstance(part, Words):
+                said.append(part.text)
+            else:
+                found.append((" ".join(said), part))
+                said = []
+        return found
+
     def without(self, *, text: bool = False, images: bool = False) -> "Conversation":
         """Without what the user says, or shows: as a guided sampler asks."""
 

@@ -2,7 +2,12 @@
 
 from unicom_dist.data.codec_loader import CodecLoader, fixed_codec_batches, heldout_codec_batches
 from unicom_dist.data.pairs import build_vocabulary
-from unicom_dist.data.prior_loader import PriorLoader, heldout_prior_batches
+from unicom_dist.data.prior_loader import (
+    PriorLoader,
+    heldout_conversation_batches,
+    heldout_conversations,
+    heldout_prior_batches,
+)
 
 __all__ = [
     "CodecLoader",
@@ -10,5 +15,7 @@ __all__ = [
     "build_vocabulary",
     "fixed_codec_batches",
     "heldout_codec_batches",
+    "heldout_conversation_batches",
+    "heldout_conversations",
     "heldout_prior_batches",
 ]

@@ -12,7 +12,7 @@ from PIL import Image
 from unicom_dist.config.errors import DataError
 from unicom_dist.data.decode import IMAGE_EXTENSIONS, decode_image
 from unicom_dist.data.manifest import Manifest
-from unicom_dist.data.pairs import captions_of
+from unicom_dist.data.pairs import Captions, captions_of, conversation_of, json_of
 from unicom_dist.data.shardset import Sample, ShardSet
 from unicom_dist.data.tar import Shard
 
@@ -49,11 +49,12 @@ def existing_sets(folder: str | Path) -> list[Path]:
     root = Path(folder)
     if Manifest.file(root).is_file():
         return [root]
-    found = [root / name for name in SETS if Manifest.file(root / name).is_file()]
+    there = sorted(path.parent for path in root.glob("*/manifest.json"))
+    found = sorted(there, key=lambda path: SETS.index(path.name) if path.name in SETS else len(SETS))
     if not found:
         raise DataError(
             f"{root} holds no shard set",
-            f"none of {', '.join(SETS)} has a manifest.json",
+            "no folder below it has a manifest.json",
             "run `unicom data ingest` with the same recipe first",
             "docs/data.md",
         )
@@ -79,7 +80,7 @@ def set_stats(folder: str | Path) -> Iterator[SetStats]:
     """Counts of every set. DataError when a set is missing or a shard is damaged."""
     for path in existing_sets(folder):
         shards = ShardSet(path)
-        captions = [captions_of(shards[number]) for number in range(len(shards))]
+        captions = [_texts(shards[number]) for number in range(len(shards))]
         words = sum(len(caption.main.split()) for caption in captions)
         yield SetStats(
             set=path.name,
@@ -94,7 +95,10 @@ def set_stats(folder: str | Path) -> Iterator[SetStats]:
 
 
 def preview(folder: str | Path, name: str, count: int) -> tuple[list[Image.Image], list[str]]:
-    """`count` pictures spread evenly over a set, and their captions. DataError."""
+    """`count` samples spread evenly over a set: their pictures, and captions. DataError.
+
+    Of a conversation the pictures that it shows, each under what is said up to it.
+    """
     path = Path(folder) / name if Manifest.file(Path(folder) / name).is_file() else existing_sets(folder)[0]
     shards = ShardSet(path)
     if not len(shards):
@@ -102,8 +106,39 @@ def preview(folder: str | Path, name: str, count: int) -> tuple[list[Image.Image
             f"{path} is empty", "it has shards for no sample", "ingest a source that has images", "docs/data.md"
         )
     count = min(count, len(shards))
-    samples = [shards[number * len(shards) // count] for number in range(count)]
-    return [_image(sample) for sample in samples], [captions_of(sample).main for sample in samples]
+    images: list[Image.Image] = []
+    labels: list[str] = []
+    others: dict[str, Sample] = {}
+    for number in range(count):
+        sample = shards[number * len(shards) // count]
+        if not _is_conversation(sample):
+            images.append(_image(sample))
+            labels.append(captions_of(sample).main)
+            continue
+        others = others or _samples(existing_sets(folder))
+        for text, key in conversation_of(sample).shown():
+            shown = sample if key == sample.key else others.get(key)
+            if shown is None:
+                raise DataError(
+                    f"sample {sample.key!r} shows the image {key!r}, which no set has", "", "", "docs/data.md"
+                )
+            images.append(_image(shown))
+            labels.append(text)
+    return images, labels
+
+
+def _samples(folders: list[Path]) -> dict[str, Sample]:
+    sets = [ShardSet(folder) for folder in folders]
+    return {key: shards[number] for shards in sets for number, key in enumerate(shards.keys())}
+
+
+def _is_conversation(sample: Sample) -> bool:
+    return bool({"messages", "document"} & json_of(sample.parts[""], sample.key).keys())
+
+
+def _texts(sample: Sample) -> Captions:
+    """The captions of a pair, or what is said in a conversation."""
+    return Captions(" ".join(conversation_of(sample).texts), []) if _is_conversation(sample) else captions_of(sample)
 
 
 def _image(sample: Sample) -> Image.Image:

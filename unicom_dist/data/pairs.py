@@ -1,8 +1,10 @@
 """The sets of image-text pairs a recipe names, and the fields of one pair.
 
-Sets live under `data.path`: `train`, `augmented` (further views, read by the codec only) and `heldout`.
+Sets live under `data.path`: `train`, `augmented` (further views, read by the codec only), `heldout`, and those of
+conversations with their held-out ones.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config
+from unicom_dist.data.conversations import Conversation
 from unicom_dist.data.decode import IMAGE_EXTENSIONS
 from unicom_dist.data.npy import read_npy
 from unicom_dist.data.samples import TEMPLATE_TEXTS
@@ -38,7 +41,7 @@ def open_set(
 
 
 def build_vocabulary(config: Config) -> Vocabulary:
-    """The vocabulary `config.prior` asks for; a trimmed one covers the texts of the training set.
+    """The vocabulary `config.prior` asks for; a trimmed one covers the texts of all that is trained with.
 
     A full one has the spare rows of the published weights the prior starts from: the softmax was trained with them.
     """
@@ -51,7 +54,17 @@ def build_vocabulary(config: Config) -> Vocabulary:
     for number in range(len(pairs)):
         captions = captions_of(pairs[number])
         groups.append([captions.main, *captions.further, document(captions)])
+    for name in config.data.conversations:
+        said = ShardSet(Path(config.data.path) / name)
+        for number in range(len(said)):
+            with contextlib.suppress(DataError):  # the loader names and counts what is malformed
+                groups.append(conversation_of(said[number]).texts)
     return Vocabulary.trimmed(config.prior.tokenizer, groups, least)
+
+
+def conversation_of(sample: Sample) -> Conversation:
+    """The conversation or document of a sample. DataError: it has none, or a malformed one."""
+    return Conversation.parse(json_of(sample.parts[""], sample.key), sample.key)
 
 
 def captions_of(sample: Sample) -> Captions:

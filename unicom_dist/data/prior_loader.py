@@ -6,6 +6,7 @@ named, and the next of its task takes its place. The state holds the draws per t
 it does not grow with what was consumed.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unicom_dist.config.errors import DataError
-from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.config.schema import Config, StageConfig, held_out_set
 from unicom_dist.data.conversations import Conversation
 from unicom_dist.data.images import Found, Images
 from unicom_dist.data.manifest import Manifest
@@ -327,3 +328,38 @@ def heldout_prior_batches(
         yield reader.read(
             [reader.plan_pair(task, n, n, 0, training=False) for n in chosen for task in tasks], fixed_t=t
         )
+
+
+def heldout_conversations(config: Config) -> dict[str, Task]:
+    """The held-out sets of conversations that are there, and the task each is of."""
+    named = {held_out_set(name): task_named(task) for name, task in config.data.conversations.items()}
+    return {name: task for name, task in named.items() if Manifest.file(Path(config.data.path) / name).is_file()}
+
+
+def heldout_conversation_batches(
+    config: Config,
+    name: str,
+    vocabulary: Vocabulary,
+    stats: LatentStats,
+    t: float,
+    limit: int,
+    batch: int = 16,
+    joint: bool = False,
+) -> Iterator[PackedBatch]:
+    """As `heldout_prior_batches`, of `limit` conversations of the held-out set `name`.
+
+    Malformed ones are left out. The images they show are those of `heldout` and their own.
+    """
+    task = heldout_conversations(config)[name]
+    further = open_conversations(config, name, latents=not joint, expect_fingerprint=None)
+    shown = [open_set(config, "heldout", latents=not joint), *([further] if further.parts else [])]
+    images = Images(shown, config.encoder.kind)
+    reader = _Reader(config, images, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
+    numbers = spread(limit, len(further))
+    for first in range(0, len(numbers), batch):
+        planned = []
+        for n in numbers[first : first + batch]:
+            with contextlib.suppress(DataError):
+                planned.append(reader.plan_conversation(task, n, further, n, 0, training=False))
+        if planned:
+            yield reader.read(planned, fixed_t=t)
