@@ -109,19 +109,25 @@ def _refuse_duplicates(node: yaml.MappingNode, name: str) -> None:
 
 
 def merge(base: Tree, over: Tree) -> Tree:
-    """`over` on top of `base`: mappings key by key, the rest replaced; a mapping over a list patches named items."""
+    """`over` on top of `base`: mappings key by key, the rest replaced.
+
+    A mapping over a list patches named items; a name that is not there and has a `kind` becomes a new item at the end.
+    """
     if isinstance(base, dict) and isinstance(over, dict):
         return {**base, **{key: merge(base[key], value) if key in base else value for key, value in over.items()}}
     if isinstance(base, list) and isinstance(over, dict):
         merged = list(base)
         for key, value in over.items():
             position = find_item(base, key)
+            if position is None and isinstance(value, dict) and "kind" in value:
+                merged.append({"name": Leaf(key, next(leaf.origin for _, leaf in leaves(value))), **value})
+                continue
             if position is None:
                 origin = next((leaf.origin for _, leaf in leaves(value)), "")
                 raise ConfigError(
                     f"there is no item {key!r} to change ({origin})",
                     f"the base has {', '.join(item_names(base))}",
-                    "use one of these names, or write the whole list",
+                    "use one of these names, or give the new one a kind",
                     DOCS,
                 )
             merged[position] = merge(base[position], value)
