@@ -34,8 +34,15 @@ def write_qwen(
     """Write the backbone among `tensors` into `folder`, one tensor in memory at a time.
 
     special: rows of the vocabulary by their names in config.json ("eos_token_id", …).
-    CheckpointError when there is no backbone. OSError when there is no space.
+    CheckpointError when there is no backbone, or one that Qwen2.5 cannot be. OSError when there is no space.
     """
+    if prior.qk_norm:
+        raise CheckpointError(
+            "the backbone cannot be exported as Qwen2.5",
+            "its queries and keys are normalised (prior.qk_norm), and Qwen2.5 has no such norms",
+            "export it in our own form, which keeps them",
+            "docs/checkpoints.md",
+        )
     names = [name for name in tensors if name.startswith(PREFIX)]
     rows, files, size = 0, dict[str, list[str]](), 0
     with ExitStack() as file:

@@ -238,11 +238,20 @@ class PriorConfig(Section):
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of the RMS norms")
     tie_embeddings: bool = Field(True, description="the output head is the embedding, transposed")
     max_grid: PositiveInt = Field(64, description="latent rows and columns covered by the 2-D position table")
+    understanding: Literal["raw", "dim_concat", "seq_concat"] = Field(
+        "raw", description="what an image that is read enters as: encoder features; these with the latents beside them in channels; features, then latents, as twice the positions"
+    )
+    qk_norm: bool = Field(False, description="RMSNorm of queries and keys, head by head; Qwen2.5 has none, so with init_from its gains start at 1")
     timestep: Literal["uniform", "logit-normal"] = Field("uniform", description="how t is drawn in training")
     timestep_shift: float = Field(1.0, gt=0, description="as codec.timestep_shift")
+    resolution_shift: bool = Field(False, description="instead of timestep_shift: s = sqrt(n d / 4096) for an image of n latents of d channels, as RAE")
     condition_dropout: Fraction = Field(0.1, description="share of the samples with an image to draw that are trained without the user's words")
     reference_dropout: Fraction = Field(0.1, description="share of the edits trained without the images the user shows")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
+
+    def read_channels(self, features: int, latents: int) -> int:
+        """Channels of what the connector reads, where the encoder's features have `features`, latents `latents`."""
+        return features + latents * (self.understanding == "dim_concat")
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -344,6 +353,7 @@ class StageConfig(Section):
         "auto", description="of forward and backward: auto = bfloat16 on GPUs and CPUs that multiply it fast; master weights and moments are float32"
     )
     lambda_text: NonNegative = Field(1.0, description="weight of the mean cross-entropy per text token")
+    z_loss: NonNegative = Field(0.0, description="prior: weight of log^2 Z beside the cross-entropy, Z the normaliser of its softmax: keeps the logits from drifting")
     lambda_flow: NonNegative = Field(5.0, description="weight of the mean squared flow error per latent channel")
     trainable: Literal["all", "connector", "decoder"] = Field(
         "all", description="connector (prior): only the visual connector and heads; decoder (codec): not the compressor, which is that of the joint stage before"
@@ -497,6 +507,18 @@ class Config(Section):
                 "what the encoder does not see, a loss in its own features does not miss",
                 "use another network, such as lpips-alex",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _understanding(self) -> Self:
+        reading, spatial = self.prior.understanding, self.codec.compressor.spatial
+        others = {
+            f"codec.compressor.spatial = {spatial}": (spatial != "none", "features and latents stand side by side, and these latents are fewer"),
+            **{f"stages.{s.name}.joint.enabled = true": (s.joint.enabled, "the latents that are read would be those of the compressor before") for s in self.stages},
+        }
+        for other, (found, why) in others.items():
+            if reading != "raw" and found:
+                raise Unworkable(f"prior.understanding = {reading} with {other}", why, "prior.understanding: raw, or change the other")
         return self
 
     @model_validator(mode="after")

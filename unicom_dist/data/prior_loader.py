@@ -24,7 +24,7 @@ from unicom_dist.data.order import Order, generator_of, key_of
 from unicom_dist.data.packing import Packer
 from unicom_dist.data.pairs import captions_of, document, json_of, open_set, spread
 from unicom_dist.data.prefetch import BadSamples, Share, State, StepLoader
-from unicom_dist.data.samples import TASKS, Arrays, Content, Layout, Layouts, Task, collate
+from unicom_dist.data.samples import READING, TASKS, Arrays, Content, Layout, Layouts, Task, beside, collate
 from unicom_dist.data.shardset import ShardSet
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.attention import Plan
@@ -75,6 +75,7 @@ class _Reader:
         # What is read of an image to be read, and of one to be drawn or referred to.
         self._read = (config.encoder.kind, "features.npy", images.feature_channels)
         self._made = self._read if joint else ("latent", "latent.npy", self._latent_channels)
+        self._reading = READING[config.prior.understanding]
 
     def plan_pair(self, task: Task, ordinal: int, number: int, visit: int, *, training: bool = True) -> Planned:
         """Decide on caption and layout of a pair. DataError: malformed, or longer than a row (text is cut instead)."""
@@ -84,7 +85,7 @@ class _Reader:
         if task == "text":
             return Planned(task, ordinal, sample.key, visit, self._layouts.text(document(captions), self.limit), ())
         if task == "image_to_text":
-            layout = self._layouts.image_to_text(captions.main, self.images.grid(found, *self._read))
+            layout = self._layouts.image_to_text(captions.main, self._grid(found, read=True), self._reading)
         else:
             prompt = captions.main
             if training:
@@ -94,7 +95,7 @@ class _Reader:
                     prompt = ""
                 elif captions.further and further < FURTHER_CAPTIONS:
                     prompt = captions.further[which % len(captions.further)]
-            layout = self._layouts.text_to_image(prompt, self.images.grid(found, *self._made))
+            layout = self._layouts.text_to_image(prompt, self._grid(found, read=False))
         return self._fitting(Planned(task, ordinal, sample.key, visit, layout, (found,)))
 
     def plan_conversation(
@@ -115,10 +116,10 @@ class _Reader:
             )
 
         def grid(key: str, read: bool) -> tuple[int, int]:
-            return self.images.grid(self.images.find(key, sample.key), *(self._read if read else self._made))
+            return self._grid(self.images.find(key, sample.key), read)
 
         while True:
-            layout, keys = conversation.layout(self._layouts, task, grid)
+            layout, keys = conversation.layout(self._layouts, task, grid, self._reading)
             planned = Planned(
                 task, ordinal, sample.key, visit, layout, tuple(self.images.find(key, sample.key) for key in keys)
             )
@@ -126,6 +127,18 @@ class _Reader:
             if shorter is None:
                 return self._fitting(planned)
             conversation = shorter
+
+    def _grid(self, found: Found, read: bool) -> tuple[int, int]:
+        """Of an image's features if it is to be read, else of its latents. DataError: both are read and differ."""
+        grid = self.images.grid(found, *(self._read if read else self._made))
+        if read and self._config.prior.understanding != "raw" and self.images.grid(found, *self._made) != grid:
+            raise DataError(
+                f"sample {self.images.key(found)!r}: features and latents have different grids",
+                f"prior.understanding: {self._config.prior.understanding} reads both, position by position",
+                "compute the latents again, or prior.understanding: raw",
+                "docs/training.md",
+            )
+        return grid
 
     def _fitting(self, planned: Planned) -> Planned:
         if planned.length > self.limit:
@@ -136,7 +149,13 @@ class _Reader:
     def read(self, rows: Sequence[Planned], fixed_t: float | None = None) -> PackedBatch:
         """The arrays, noise and times of planned samples, end to end. DataError on values that are not finite."""
         contents = [Content(row.key, row.layout, [Arrays() for _ in row.layout.images]) for row in rows]
-        for uses, (part, extension, _) in ((("read",), self._read), (("reference", "draw"), self._made)):
+        steps = [
+            (("read",), self._read, self._put_features),
+            (("reference", "draw"), self._made, self._put_latents),
+        ]
+        if self._config.prior.understanding == "dim_concat":
+            steps.append((("read",), self._made, self._add_latents))
+        for uses, (part, extension, _), put in steps:
             wanted = [
                 (image, row.images[place.image], place.size)
                 for row, content in zip(rows, contents, strict=True)
@@ -145,25 +164,31 @@ class _Reader:
             ]
             arrays = self.images.arrays([(found, size) for _, found, size in wanted], part, extension)
             for (image, _, _), array in zip(wanted, arrays, strict=True):
-                self._fill(image, array, made="draw" in uses)
+                put(image, array)
         for row, content in zip(rows, contents, strict=True):
             if not any(place.use == "draw" for place in row.layout.images):
                 continue
             generator = generator_of(self._config.seed, self._stage, row.key, row.visit)
             for place, image in zip(row.layout.images, content.images, strict=True):
                 if place.use == "draw":
-                    t = sample_t(self._config.prior, 1, generator)
+                    t = sample_t(self._config.prior, 1, generator, place.size * self._latent_channels)
                     image.t = float(t[0]) if fixed_t is None else fixed_t
                     image.noise = torch.empty(place.size, self._latent_channels).normal_(generator=generator)
-        return collate(contents, self._latent_channels, self.images.feature_channels)
+        channels = self._config.prior.read_channels(self.images.feature_channels, self._latent_channels)
+        return collate(contents, self._latent_channels, channels)
 
-    def _fill(self, image: Arrays, array: Tensor, made: bool) -> None:
-        if not made:
-            image.values = array
-        elif self._joint:
+    def _put_features(self, image: Arrays, array: Tensor) -> None:
+        image.values = array
+
+    def _put_latents(self, image: Arrays, array: Tensor) -> None:
+        if self._joint:
             image.target = array
         else:
             image.values = self._stats.normalise(array.float())
+
+    def _add_latents(self, image: Arrays, array: Tensor) -> None:
+        assert image.values is not None
+        image.values = beside(image.values, self._stats.normalise(array.float()))
 
 
 class PriorLoader(StepLoader[PackedBatch]):
@@ -191,7 +216,8 @@ class PriorLoader(StepLoader[PackedBatch]):
         self._mixture = MixtureSchedule({task: getattr(stage.mixture, task) for task in TASKS})
         tasks = [task for task in TASKS if task in self._mixture.shares]
         joint = stage.joint.enabled
-        latents = not joint and any(task not in ("text", "image_to_text") for task in tasks)
+        untouched = ("text", "image_to_text") if config.prior.understanding == "raw" else ("text",)
+        latents = not joint and any(task not in untouched for task in tasks)
         pairs = open_set(config, "train", latents=latents, expect_fingerprint=expect_fingerprint)
         self._sources: dict[Task, list[ShardSet]] = {task: [pairs] for task in tasks}
         further = {
@@ -319,7 +345,8 @@ def heldout_prior_batches(
 
     `joint`: with features instead of latents.
     """
-    pairs = open_set(config, "heldout", latents="text_to_image" in tasks and not joint)
+    wanted = "text_to_image" in tasks or config.prior.understanding != "raw"
+    pairs = open_set(config, "heldout", latents=wanted and not joint)
     images = Images([pairs], config.encoder.kind)
     reader = _Reader(config, images, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
     numbers = spread(limit, len(pairs))

@@ -39,6 +39,11 @@ TEMPLATE_TEXTS = ("user", "assistant", "system", "\n", INSTRUCTION, THINK, END_T
 Ints = NDArray[np.int64]
 Use = Literal["read", "reference", "draw"]
 Role = Literal["system", "user", "assistant"]
+READING: dict[str, tuple[Use, ...]] = {  # forms of an image that is read, by prior.understanding
+    "raw": ("read",),
+    "dim_concat": ("read",),
+    "seq_concat": ("read", "reference"),
+}
 MODES: dict[Use, Mode] = {"read": "full", "reference": "full", "draw": "noise"}
 
 
@@ -236,10 +241,15 @@ class Layouts:
 class Arrays:
     """The arrays of one form of an image, in the order of `Layout.images`."""
 
-    values: Tensor | None = None  # [n, D] features that are read; [n, d] clean normalised latents of the other uses
+    values: Tensor | None = None  # [n, D] what is read; [n, d] clean normalised latents of the other uses
     noise: Tensor | None = None  # [n, d] of an image being drawn
     t: float = 1.0
     target: Tensor | None = None  # [n, D] features of which the model itself makes the latents
+
+
+def beside(features: Tensor, latents: Tensor) -> Tensor:
+    """What is read under dim_concat: features [n, D] and clean normalised latents [n, d] as [n, D + d] float32."""
+    return torch.cat([features.float(), latents.float()], 1)
 
 
 @dataclass(slots=True)

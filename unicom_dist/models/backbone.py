@@ -45,7 +45,7 @@ WHOLE = Part()
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with biases on q, k and v."""
+    """Grouped-query attention with biases on q, k and v; with `qk_norm` every head of q and k is normalised."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
@@ -54,6 +54,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden, config.kv_heads * self.head_dim)
         self.v_proj = nn.Linear(config.hidden, config.kv_heads * self.head_dim)
         self.o_proj = nn.Linear(config.heads * self.head_dim, config.hidden, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
     def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries [S, H K], keys and values [S, G K] of x [S, D]."""
@@ -62,6 +64,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
         """[S, D] -> [S, D]; cos and sin [S, K]."""
         query, key, value = (projected.view(len(projected), -1, self.head_dim) for projected in self.qkv(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
         out: Tensor = self.o_proj(attend(layer, rotate(query, cos, sin), rotate(key, cos, sin), value).flatten(-2))
         return out
 

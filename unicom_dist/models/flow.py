@@ -44,22 +44,27 @@ def flux_shift(patches: int) -> float:
     return math.exp(0.5 + (patches - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
-def shift_factor(config: CodecConfig | PriorConfig, patches: int = 0) -> float:
-    """The shift that `config` asks for, in training as in drawing; `patches` of the picture matter to a codec's alone.
+def rae_shift(values: int) -> float:
+    """RAE's shift for so many latent values, tokens x channels: sqrt(values / 4096) (arXiv 2510.11690)."""
+    return math.sqrt(values / 4096)
 
-    ValueError: they matter and were not given.
+
+def shift_factor(config: CodecConfig | PriorConfig, size: int = 0) -> float:
+    """The shift that `config` asks for, in training as in drawing. `size`: a codec's patches, a prior's latent values.
+
+    ValueError: it matters and was not given.
     """
-    if isinstance(config, PriorConfig) or not config.resolution_shift:
+    if not config.resolution_shift:
         return config.timestep_shift
-    if patches < 1:
-        raise ValueError("resolution_shift needs the number of patches")
-    return flux_shift(patches)
+    if size < 1:
+        raise ValueError("resolution_shift needs the size of the image")
+    return rae_shift(size) if isinstance(config, PriorConfig) else flux_shift(size)
 
 
-def sample_t(config: CodecConfig | PriorConfig, n: int, generator: torch.Generator, patches: int = 0) -> Tensor:
+def sample_t(config: CodecConfig | PriorConfig, n: int, generator: torch.Generator, size: int = 0) -> Tensor:
     """n times in [0, 1], float32, by `config.timestep` and `shift_factor`; consumes `generator` only."""
     if config.timestep == "uniform":
         t = torch.rand(n, generator=generator)
     else:
         t = torch.randn(n, generator=generator).sigmoid()
-    return shift(t, shift_factor(config, patches))
+    return shift(t, shift_factor(config, size))

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicom_dist.parallel.cross_entropy import VocabShard, linear_cross_entropy
+from unicom_dist.parallel.cross_entropy import VocabShard, cross_entropy_and_z
 
 
 class LanguageHead(nn.Module):
-    """A linear map to the vocabulary. `shard` is set where the ranks of an axis hold V/t rows of the weight each."""
+    """A linear map to the vocabulary. `shard` is set where the ranks of an axis hold V/t rows of the weight each.
+
+    `z_loss`: weight of log^2 Z in the gradient of the cross-entropy (see `linear_cross_entropy`).
+    """
 
     weight: Tensor  # [V, h], or this rank's rows
 
@@ -20,11 +23,16 @@ class LanguageHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
         self.shard: VocabShard | None = None
+        self.z_loss = 0.0
         nn.init.normal_(self.weight, std=width**-0.5)
 
-    def forward(self, hidden: Tensor, label_ids: Tensor) -> Tensor:
-        """-log p(label) in nats, [Y] float32, of hidden [Y, h]. Collective over the shard's axis."""
-        return linear_cross_entropy(hidden, self.weight, label_ids, self.shard)
+    def forward(self, hidden: Tensor, label_ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """-log p(label) in nats, [Y] float32, of hidden [Y, h]; with `z_loss` also log^2 Z, [Y].
+
+        Collective over the shard's axis.
+        """
+        losses, squares = cross_entropy_and_z(hidden, self.weight, label_ids, self.shard, self.z_loss)
+        return (losses, squares) if self.z_loss else losses
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden [..., h], in its dtype. Collective over the shard's axis, and then without gradients."""

@@ -119,8 +119,9 @@ class JointPrior(Transfusion):
     def forward(self, batch: PackedBatch, x: Any = None, chunk: int = 0) -> Any:
         """As `Transfusion.forward`, with more beside it, as a tuple.
 
-        Last come, where the model begins, `errors` [N] of the reconstruction; before them the flow target: latents
-        [N, d] of the batch to be handed on with the hidden states as `x`, in the end those in this rank's region.
+        After the hidden states, or losses and velocity, comes the flow target: latents [N, d] of the batch to be handed
+        on with the hidden states as `x`, in the end those in this rank's region. Last come, where the model begins,
+        `errors` [N] of the reconstruction.
         """
         errors: tuple[Tensor, ...] = ()
         if x is None:
@@ -131,7 +132,8 @@ class JointPrior(Transfusion):
         batch = replace(batch, latents=latents)
         out = super().forward(batch, x, chunk)
         if self.backbone.model.ends(chunk):
-            return (*out, held(self.share.region(batch).latents), *errors)
+            losses, velocity, *squares = out
+            return (losses, velocity, held(self.share.region(batch).latents), *squares, *errors)
         return (out, held(latents), *errors)
 
     def _shared(self, errors: Tensor) -> Tensor:

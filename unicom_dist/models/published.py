@@ -32,11 +32,13 @@ FIELDS = (
 )
 DOCS = "docs/checkpoints.md"
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+QK_NORMS = ("q_norm.weight", "k_norm.weight")  # Qwen2.5 has none
 
 
 def published_source(config: PriorConfig, source_ids: Sequence[int]) -> Source:
     """The backbone's weights in `config.init_from`; `source_ids[row]` is the published id of each vocabulary row.
 
+    Norms of queries and keys, which the published architecture lacks, start at ones.
     Of a cut matrix only the cut is read. ConfigError: the recipe describes another model. CheckpointError: files
     damaged, or, when it is asked for, without a tensor.
     """
@@ -50,6 +52,8 @@ def published_source(config: PriorConfig, source_ids: Sequence[int]) -> Source:
 
     def read(piece: Piece) -> Tensor:
         name = piece.name.removeprefix("backbone.")
+        if name not in files and name.endswith(QK_NORMS):
+            return torch.ones(piece.cut)
         if name not in files:
             raise CheckpointError(
                 f"{folder} lacks {name}",

@@ -25,6 +25,7 @@ from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.tensor import (
     Column,
     Declaration,
+    Headwise,
     Positionwise,
     Row,
     Vocabulary,
@@ -67,6 +68,7 @@ def declarations(config: PriorConfig) -> list[Declaration]:
     return [
         Vocabulary("backbone.model.embed_tokens"),
         Column(f"{LAYER}.self_attn", heads, "qkv_proj", FusedAttention),
+        Headwise(f"{LAYER}.self_attn.[qk]_norm"),
         Row(f"{LAYER}.self_attn.o_proj"),
         Column(f"{LAYER}.mlp", channels, "gate_up_proj", FusedMlp),
         Row(f"{LAYER}.mlp.down_proj"),

@@ -1,8 +1,8 @@
 """The prior: one transformer that reads text and image features, predicts text, and denoises image latents.
 
-Text enters by the embedding, raw image features by a two-layer connector, noised latents by a linear map plus
-embeddings of time and place. The language head reads the labels' positions, the flow head the latents'. Every tower
-runs on every batch, also on zero rows, so that ranks with different modalities stay in step.
+Text enters by the embedding, image features (alone or beside the latents) by a two-layer connector, noised latents by a
+linear map plus embeddings of time and place. The language head reads the labels' positions, the flow head the latents'.
+Every tower runs on every batch, also on zero rows, so that ranks with different modalities stay in step.
 A pipeline's rank holds a `Part`; which positions a rank computes on is up to its `share` (in one process, all).
 Shapes as in `segments.py`: S positions, T tokens, Y labels, N latents of d channels, M features of D channels, h width.
 Time: t = 1 is data. Ref: UniCom arXiv 2603.10702, section 3.3.
@@ -37,7 +37,7 @@ def initial_weight(piece: Piece, seed: int) -> Tensor:
 
 
 class Connector(nn.Module):
-    """Raw encoder features to the backbone's width: Linear, GELU, Linear."""
+    """What is read of an image to the backbone's width: Linear, GELU, Linear."""
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Transfusion(nn.Module):
         if part.first:
             self.latent_in = nn.Linear(latent_channels, config.hidden)
             self.time = TimeEmbedding(config.hidden)
-            self.connector = Connector(feature_channels, config.hidden)
+            self.connector = Connector(self.read_channels, config.hidden)
             with torch.device("cpu"):  # computed, not drawn: also there while the weights are not
                 self.register_buffer("places", grid_table(config.max_grid, config.hidden), persistent=False)
         if part.last:
@@ -104,6 +104,11 @@ class Transfusion(nn.Module):
         for name, tower in self.named_children():
             if name != "backbone":
                 fill(tower, partial(initial_weight, seed=seed), f"{name}.")
+
+    @property
+    def read_channels(self) -> int:
+        """D of the batches: channels of what stands for an image that is read."""
+        return self.config.read_channels(self.feature_channels, self.latent_channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,6 +159,7 @@ class Transfusion(nn.Module):
     def forward(self, batch: PackedBatch, x: Tensor | None = None, chunk: int = 0) -> Any:
         """Cross-entropy [Y] of the labels, nats, and velocity [F, d] at the latents being denoised, both float32.
 
+        Where the language head has a `z_loss`, third log^2 Z [Y] of the labels.
         In a share of the batch: of the labels and latents in its region. In a part of the model: `x` is what the part
         before returned (None at the beginning of the model), and before the end hidden states are returned. Both are
         [n, h], n = `share.rows(batch)`. Collective over tp and ulysses, in forward and in backward.
@@ -170,7 +176,11 @@ class Transfusion(nn.Module):
         index = torch.cat([region.label_index, drawn])
         rows = Take.apply(share.gather(hidden), index)  # type: ignore[no-untyped-call]
         labels, latents = torch.split(rows, [region.label_index.shape[0], drawn.shape[0]])
-        return backbone.lm_head(labels, region.label_ids), self.flow_head(latents).float()
+        text, velocity = backbone.lm_head(labels, region.label_ids), self.flow_head(latents).float()
+        if not backbone.lm_head.z_loss:
+            return text, velocity
+        losses, squares = text
+        return losses, velocity, squares
 
     @torch.no_grad()
     def encode_prefix(self, batch: PackedBatch) -> Prefix:

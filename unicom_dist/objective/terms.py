@@ -27,29 +27,34 @@ class LossTerm:
     weight: float
 
 
-def prior_counts(batch: PackedBatch) -> dict[str, int]:
-    """Items of each term of `prior_terms`: labels and noised latents."""
-    return {"text": batch.label_ids.shape[0], "flow": batch.flow_index.shape[0]}
+def prior_counts(batch: PackedBatch, z_loss: float = 0.0) -> dict[str, int]:
+    """Items of each term of `prior_terms`: labels and noised latents; with a `z_loss`, labels once more."""
+    counts = {"text": batch.label_ids.shape[0], "flow": batch.flow_index.shape[0]}
+    return counts | ({"z": counts["text"]} if z_loss else {})
 
 
-def prior_terms(outputs: tuple[Tensor, Tensor], batch: PackedBatch, stage: StageConfig) -> dict[str, LossTerm]:
+def prior_terms(outputs: tuple[Tensor, ...], batch: PackedBatch, stage: StageConfig) -> dict[str, LossTerm]:
     """`text`: cross-entropy per label, nats. `flow`: squared error of the velocity per latent, mean over channels.
 
-    `outputs` of a `Transfusion`: cross-entropy [Y] and velocity [F, d].
+    `z`, with a `z_loss`: log^2 Z per label. Its gradient comes with that of `text`, whose weight it therefore shares.
+    `outputs` of a `Transfusion`: cross-entropy [Y], velocity [F, d] and, with a `z_loss`, log^2 Z [Y].
     """
-    label_losses, velocity = outputs
-    counts = prior_counts(batch)
+    label_losses, velocity = outputs[:2]
+    counts = prior_counts(batch, stage.z_loss)
     drawn = batch.flow_index
     error = squared_error(velocity, batch.latents[drawn], batch.noise[drawn])
-    return {
+    terms = {
         "text": LossTerm(label_losses.sum(), counts["text"], stage.lambda_text),
         "flow": LossTerm(error.sum(), counts["flow"], stage.lambda_flow),
     }
+    if stage.z_loss:
+        terms["z"] = LossTerm(outputs[2].sum(), counts["z"], stage.lambda_text * stage.z_loss)
+    return terms
 
 
-def joint_counts(batch: PackedBatch) -> dict[str, int]:
+def joint_counts(batch: PackedBatch, z_loss: float = 0.0) -> dict[str, int]:
     """Items of each term of `joint_terms`: those of the prior, and the features to be rebuilt."""
-    return {**prior_counts(batch), "recon": batch.target_features.shape[0]}
+    return {**prior_counts(batch, z_loss), "recon": batch.target_features.shape[0]}
 
 
 def joint_terms(
@@ -61,8 +66,8 @@ def joint_terms(
     """
     terms: dict[str, LossTerm] = {}
     if last:
-        label_losses, velocity, latents = outputs[:3]
-        terms = prior_terms((label_losses, velocity), replace(batch, latents=latents), stage)
+        label_losses, velocity, latents, *others = outputs
+        terms = prior_terms((label_losses, velocity, *others), replace(batch, latents=latents), stage)
     if first:
         terms["recon"] = LossTerm(outputs[-1].sum(), joint_counts(batch)["recon"], stage.joint.lambda_recon)
     return terms

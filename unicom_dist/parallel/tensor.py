@@ -130,6 +130,19 @@ class Positionwise:
             parameter.pieces = [piece]  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class Headwise:
+    """Held whole by every rank, and applied to the rank's own heads alone: each rank has a part of the gradient."""
+
+    pattern: str
+
+    def apply(self, root: nn.Module, name: str, mesh: Mesh) -> None:
+        """See `Declaration`."""
+        for leaf, parameter in root.get_submodule(name).named_parameters():
+            piece = Piece(f"{name}.{leaf}", tuple(parameter.shape), sum_over="tp", owner=mesh.tp.rank == 0)
+            parameter.pieces = [piece]  # type: ignore[attr-defined]
+
+
 def shard(root: nn.Module, declarations: Sequence[Declaration], mesh: Mesh) -> None:
     """Turn `root` into this rank's shard, in place. Parameters that were tied stay tied.
 

@@ -26,7 +26,7 @@ def layer_parameters(prior: PriorConfig, tp: int = 1) -> int:
     h, c = prior.hidden, prior.hidden // prior.heads
     heads, kv_heads = prior.heads // tp, max(1, prior.kv_heads // tp)
     qkv = (h + 1) * (heads + 2 * kv_heads) * c
-    return qkv + heads * c * h + 3 * h * (prior.ffn // tp) + 2 * h
+    return qkv + heads * c * h + 3 * h * (prior.ffn // tp) + 2 * h + 2 * c * prior.qk_norm
 
 
 def layer_matrices(prior: PriorConfig) -> int:
@@ -40,7 +40,7 @@ def entrance_parameters(prior: PriorConfig, sizes: Sizes, tp: int = 1) -> int:
     h = prior.hidden
     latents = (sizes.latent_channels + 1) * h
     time = (TIME_CHANNELS + 1) * h + (h + 1) * h
-    connector = (sizes.feature_channels + 1) * h + (h + 1) * h
+    connector = (prior.read_channels(sizes.feature_channels, sizes.latent_channels) + 1) * h + (h + 1) * h
     return _rows(sizes, tp) * h + latents + time + connector
 
 

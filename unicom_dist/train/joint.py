@@ -94,7 +94,7 @@ class JointTask(PriorTask):
         return name.startswith(OWN) and not self._continues
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
-        return joint_counts(batch)
+        return joint_counts(batch, self.stage.z_loss)
 
     def amounts(self, batch: PackedBatch) -> dict[str, float]:
         amounts = super().amounts(batch)

@@ -295,6 +295,8 @@ class PriorTask(Task[PackedBatch]):
         module.train_only("connector" if self.stage.trainable == "connector" else "all")
         if mesh.layout.zero_stage == 0:
             materialise(module)
+        if module.part.last:
+            module.backbone.lm_head.z_loss = self.stage.z_loss
             fill(module, self.source)
         self._share = getattr(self, "_share", module.share)  # of the model that is trained, not of a copy to draw with
         return module
@@ -332,7 +334,7 @@ class PriorTask(Task[PackedBatch]):
         )
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
-        return prior_counts(batch)
+        return prior_counts(batch, self.stage.z_loss)
 
     def amounts(self, batch: PackedBatch) -> dict[str, float]:
         frozen = self.stage.trainable != "all"

@@ -53,7 +53,7 @@ def estimate(
     weights = 2 * h * (prior.heads + prior.kv_heads) * head_channels + 3 * h * prior.ffn
     layer = 6.0 * weights + 12 * h * pairs
     towers = latents * (4 * latent_channels * h + 4 * TIME_CHANNELS * h + 6 * h * h)
-    towers += images * (4 * feature_channels * h + 6 * h * h)
+    towers += images * (4 * prior.read_channels(feature_channels, latent_channels) * h + 6 * h * h)
     return LayerCosts([layer] * prior.layers, towers, 6.0 * h * (text * vocabulary + latents * latent_channels))
 
 
