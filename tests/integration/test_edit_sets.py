@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoded_sets import write_features
 
 from pipelines import edit_sets, ingest, parts
-from pipelines.features import FeatureWorker, store_as
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config
 from unicom_dist.data import overview
@@ -19,10 +19,9 @@ from unicom_dist.data.loader import (
 )
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.pairs import conversation_of, open_set
-from unicom_dist.data.shardset import ShardSet, part_name
-from unicom_dist.data.tar import Shard
+from unicom_dist.data.shardset import ShardSet
+from unicom_dist.data.tar import ShardWriter
 from unicom_dist.models.codec import LatentStats
-from unicom_dist.models.encoders import build_encoder
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 
 SETS = ("train", "heldout", "edits", "edits-heldout")
@@ -37,9 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     made = tiny_config(
         folder,
         data={"edits": 24, "conversations": {"edits": "image_text_to_image"}},
-        stages={
-            "pretrain": {"mixture": ONLY_EDITS, "row_positions": 512, "batch": 2, "micro_batches": 1}
-        },
+        stages={"pretrain": {"mixture": ONLY_EDITS, "row_positions": 512, "batch": 2, "micro_batches": 1}},
     )
     ingest.run(made, workers=1)
     return made
@@ -47,34 +44,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def encoded(config: Config) -> Config:
-    """With features of the random encoder, their first channels as latents."""
-    encoder = build_encoder(config.encoder)
-    worker, kind = FeatureWorker(encoder, 8, "float16", 1), config.encoder.kind
-    for name in SETS:
-        folder, latents = Path(config.data.path) / name, Path(config.run_dir) / "latents" / name
-        pairs = ShardSet(folder)
-        manifests = {part: Manifest(part=part, fingerprint=encoder.fingerprint) for part in (kind, "latent")}
-        for shard in pairs.manifest.shards:
-            target = folder / part_name(shard.name, kind)
-            task = parts.ShardTask("", str(folder / shard.name), str(target), shard.samples, "")
-            manifests[kind].shards.append(worker.process(task, lambda _: None).entry)
-            manifests["latent"].shards.append(_latents(target, latents / part_name(shard.name, "latent")))
-        manifests[kind].write(folder)
-        manifests["latent"].write(latents)
+    write_features(config, SETS)
     return config
-
-
-def _latents(features: Path, target: Path):  # type: ignore[no-untyped-def]
-    from unicom_dist.data.npy import read_npy, to_tensor, write_npy
-    from unicom_dist.data.tar import ShardWriter
-
-    shard = Shard(features)
-    with ShardWriter(target) as writer:
-        for number, key in enumerate(shard.keys):
-            values = to_tensor(read_npy(shard.member(number, "features.npy"), key)).float().numpy()[:, :4]
-            stored = store_as(values, "float16")
-            writer.write(key, {"latent.npy": write_npy(stored), "json": bytes(shard.member(number, "json"))})
-    return writer.entry
 
 
 def test_edits_of_held_out_pictures_are_in_a_set_of_their_own(config: Config) -> None:
@@ -114,8 +85,6 @@ def test_jobs_cover_them_and_leave_sets_without_images_alone(config: Config) -> 
     talks = {"conversations": {"edits": "image_text_to_image", "talks": "interleaved"}}
     named = config.model_copy(update={"data": config.data.model_copy(update=talks)})
     folder = Path(config.data.path) / "talks"
-    from unicom_dist.data.tar import ShardWriter
-
     with ShardWriter(folder / "talks-000000.tar") as writer:
         writer.write("one", {"json": json.dumps({"document": [{"type": "text", "text": "a red circle"}]}).encode()})
     Manifest(fingerprint="talks", shards=[writer.entry]).write(folder)

@@ -19,6 +19,7 @@ from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config
 from unicom_dist.data.buckets import Buckets
 from unicom_dist.data.decode import decode_image
+from unicom_dist.data.loader import heldout_conversations
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import read_npy, to_tensor, write_npy
 from unicom_dist.data.pairs import captions_of, grid_of, image_of, open_set
@@ -90,31 +91,46 @@ def heldout_latents(config: Config, model: Path, fingerprint: str, device: torch
     `config` itself where its latents are that codec's; else they are computed from the features by the codec in
     `model`, a run directory or model folder, and removed at the end.
     """
-    stored = Path(config.run_dir) / "latents" / "heldout"
-    if Manifest.file(stored, LATENT).is_file() and Manifest.read(stored, LATENT).fingerprint == fingerprint:
+    names = ["heldout", *heldout_conversations(config)]
+    stored = [Path(config.run_dir) / "latents" / name for name in names if _has_features(config, name)]
+    if all(_is_of(folder, fingerprint) for folder in stored):
         yield config
         return
-    log.info("%s: no latents of this codec, computed from the features", stored)
+    log.info("%s: no latents of this codec, computed from the features", ", ".join(map(str, stored)))
     codec = load_codec(find_parts(model).codec, device)
-    pictures, pairs = PictureCodec(codec.model, codec.encoder), open_set(config, "heldout")
+    pictures = PictureCodec(codec.model, codec.encoder)
     with tempfile.TemporaryDirectory(prefix="unicom-eval-") as name:
-        folder = Path(name) / "latents" / "heldout"
-        folder.mkdir(parents=True)
-        manifest, number = Manifest(part=LATENT, fingerprint=fingerprint), 0
-        for shard in pairs.manifest.shards:
-            with ShardWriter(folder / part_name(shard.name, LATENT)) as writer:
-                for row in range(number, number + shard.samples):
-                    if encoded := _encoded(pairs, row, config.encoder.kind):
-                        (latents,) = pictures.encode([encoded])
-                        members = {
-                            "latent.npy": write_npy(latents.values.half().numpy()),
-                            "json": json.dumps({"grid": latents.grid}).encode(),
-                        }
-                        writer.write(pairs.key(row), members)
-            manifest.shards.append(writer.entry)
-            number += shard.samples
-        manifest.write(folder)
+        for folder in stored:
+            _write_latents(config, folder.name, pictures, fingerprint, Path(name) / "latents" / folder.name)
         yield config.model_copy(update={"run_dir": name})
+
+
+def _has_features(config: Config, name: str) -> bool:
+    """A set of conversations need not have images of its own."""
+    return name == "heldout" or Manifest.file(Path(config.data.path) / name, config.encoder.kind).is_file()
+
+
+def _is_of(folder: Path, fingerprint: str) -> bool:
+    return Manifest.file(folder, LATENT).is_file() and Manifest.read(folder, LATENT).fingerprint == fingerprint
+
+
+def _write_latents(config: Config, name: str, pictures: PictureCodec, fingerprint: str, folder: Path) -> None:
+    pairs = open_set(config, name)
+    folder.mkdir(parents=True)
+    manifest, number = Manifest(part=LATENT, fingerprint=fingerprint), 0
+    for shard in pairs.manifest.shards:
+        with ShardWriter(folder / part_name(shard.name, LATENT)) as writer:
+            for row in range(number, number + shard.samples):
+                if encoded := _encoded(pairs, row, config.encoder.kind):
+                    (latents,) = pictures.encode([encoded])
+                    members = {
+                        "latent.npy": write_npy(latents.values.half().numpy()),
+                        "json": json.dumps({"grid": latents.grid}).encode(),
+                    }
+                    writer.write(pairs.key(row), members)
+        manifest.shards.append(writer.entry)
+        number += shard.samples
+    manifest.write(folder)
 
 
 def _encoded(pairs: ShardSet, number: int, kind: str) -> EncodedImage | None:

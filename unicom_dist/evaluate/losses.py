@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unicom_dist.config.schema import Config
-from unicom_dist.data.loader import heldout_prior_batches
+from unicom_dist.data.loader import heldout_conversation_batches, heldout_conversations, heldout_prior_batches
 from unicom_dist.data.pairs import captions_of, open_set
 from unicom_dist.data.samples import Task
 from unicom_dist.data.text import Vocabulary
@@ -99,6 +99,31 @@ def flow_rows(
     return rows + by_time, figures
 
 
+def edit_flow_row(config: Config, stage: str, prior: LoadedPrior, untrained: Transfusion) -> Row | None:
+    """The flow loss of held-out edits, mean over `eval.fixed_t`; None where the recipe has none."""
+    names = [name for name, task in heldout_conversations(config).items() if task == "image_text_to_image"]
+    model, fresh, linear = PerSample(), PerSample(), PerSample()
+    for t in config.eval.fixed_t:
+        batches = [batch for name in names for batch in _conversations(config, name, prior, t)]
+        for losses, predict in (
+            (model, _velocity_of(prior.model)),
+            (fresh, _velocity_of(untrained)),
+            (linear, linear_guess),
+        ):
+            found = flow_losses(predict, batches)
+            losses.sums += found.sums
+            losses.counts += found.counts
+    if not model.sums:
+        return None
+    times = len(config.eval.fixed_t)
+    sums, counts = (
+        [sum(values[n :: len(values) // times]) for n in range(len(values) // times)]
+        for values in (model.sums, model.counts)
+    )
+    trivial = ("linear guess", linear.mean)
+    return measure("flow loss", f"heldout edits, {stage}", sums, "lower", counts, fresh.mean, trivial, NOTE)
+
+
 def _velocity_of(model: Transfusion) -> Predict:
     return lambda batch: model(batch)[1]
 
@@ -139,3 +164,9 @@ def _heldout(config: Config, prior: LoadedPrior, t: float, task: Task) -> Iterab
     batches = heldout_prior_batches(config, prior.vocabulary, prior.stats, t, config.eval.images, tasks=(task,))
     device = next(prior.model.parameters()).device
     return (batch.to(device) for batch in batches)
+
+
+def _conversations(config: Config, name: str, prior: LoadedPrior, t: float) -> Iterable[PackedBatch]:
+    found = heldout_conversation_batches(config, name, prior.vocabulary, prior.stats, t, config.eval.images)
+    device = next(prior.model.parameters()).device
+    return (batch.to(device) for batch in found)

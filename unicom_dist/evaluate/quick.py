@@ -1,4 +1,4 @@
-"""The `quick` suite: reconstructions, losses, pictures for prompts and captions, on held-out data, in about a minute.
+"""The `quick` suite: reconstructions, losses, pictures for prompts and edits, captions, on held-out data, in a minute.
 
 Each figure stands beside the untrained model and a trivial baseline. Writes `eval.json` and `samples/eval/*.png` into
 the run directory: {"suite", "rows", "flow_loss": {stage: {t: loss}}, "captions": [{key, truth, generated}], "seconds"}.
@@ -18,10 +18,11 @@ from PIL import Image
 from unicom_dist.config.errors import PreflightError
 from unicom_dist.config.schema import Config
 from unicom_dist.data.pairs import spread
+from unicom_dist.evaluate.edits import draw_edits, edit_grid, edit_rows, read_edits
 from unicom_dist.evaluate.generation import Drawn, Gallery, accuracy_rows, draw, resnet_judge, untrained_prior
 from unicom_dist.evaluate.heldout import Pair, heldout_latents, mean_picture, read_pairs
 from unicom_dist.evaluate.judge import Embed
-from unicom_dist.evaluate.losses import caption_row, flow_rows
+from unicom_dist.evaluate.losses import caption_row, edit_flow_row, flow_rows
 from unicom_dist.evaluate.reconstruction import Distance, reconstruct, reconstruction_rows, untrained_codec
 from unicom_dist.evaluate.result import EVAL_FILE, measured, recipe_of, rows_before, write_result
 from unicom_dist.evaluate.rows import Row
@@ -96,6 +97,7 @@ def run(
         with heldout_latents(config, folder, pipeline.content["fingerprint"], pipeline.device) as with_latents:
             rows += _prior_losses(with_latents, pipeline, folder, stages, result)
         rows += _prompts(config, pipeline, networks, train, heldout, mean, grids)
+        rows += _edits(config, pipeline, networks, encoder, grids)
         with _timed("held-out pictures described"):
             result["captions"] = _captions(pipeline, heldout)
     result["rows"] = [row.as_dict() for row in rows]
@@ -138,7 +140,8 @@ def _prior_losses(
     with _timed(f"losses of {len(stages)} stages"):
         untrained = untrained_prior(pipeline, config.seed).prior.model
         rows, result["flow_loss"] = flow_rows(config, trained(), untrained)
-        return [*rows, caption_row(config, stages[-1], pipeline.prior, untrained)]
+        edits = edit_flow_row(config, stages[-1], pipeline.prior, untrained)
+        return [*rows, *([edits] if edits else []), caption_row(config, stages[-1], pipeline.prior, untrained)]
 
 
 def _prompts(
@@ -170,6 +173,17 @@ def _save_prompts(drawn: Drawn, path: Path, prototypes: int) -> None:
     labels = [f"{text} (#{rank + 1})" for text, rank in zip(drawn.prompts, drawn.ranks.tolist(), strict=True)]
     title = f"in brackets: place of the prompt's own picture among {prototypes}, by likeness to what was drawn"
     picture_grid(drawn.pictures[:SHOWN], labels[:SHOWN], 8, 128, title=title).save(path)
+
+
+def _edits(config: Config, pipeline: UniComPipeline, networks: Networks, encoder: str, grids: Path) -> list[Row]:
+    edits = read_edits(config, encoder, config.eval.prompts)
+    if not edits:
+        return []
+    with _timed(f"{len(edits)} edits of held-out pictures drawn"):
+        drawn = draw_edits(pipeline, edits, config)
+        untrained = draw_edits(untrained_prior(pipeline, config.seed), edits, config)
+        edit_grid(edits[:SHOWN], drawn[:SHOWN]).save(grids / "edits.png")
+        return edit_rows(edits, drawn, untrained, pipeline, config, networks.lpips)
 
 
 def _captions(pipeline: UniComPipeline, heldout: list[Pair]) -> list[dict[str, str]]:

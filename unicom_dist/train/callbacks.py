@@ -190,8 +190,8 @@ class Observer:
                         sums.add({name + suffix: term for name, term in found.items()})
         run.engine.module.train()
         pairs = sums.take(list(counts), mesh)
-        # The one label of a text-to-image sample (with a suffix: the time) says nothing.
-        names = [name for name, count in counts.items() if count and not name.startswith("text@")]
+        # The labels of samples that draw (with a suffix: the time) say little: where the image begins.
+        names = [name for name, count in counts.items() if count and not (name.startswith("text") and "@" in name)]
         values = {f"loss/{name}": pairs[name][0] / counts[name] for name in names}
         times = [value for name, value in values.items() if name.startswith("loss/flow@")]
         if times:

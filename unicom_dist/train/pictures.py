@@ -1,6 +1,6 @@
-"""The picture grids drawn while training: held-out reconstructions of the codec, prompts of the prior.
+"""The picture grids drawn while training: held-out reconstructions of the codec, prompts and edits of the prior.
 
-Both are drawn on rank 0 with the averaged weights; prompts, seed and solver come from the recipe's `sample` section.
+They are drawn on rank 0 with the averaged weights; prompts, seed and solver come from the recipe's `sample` section.
 """
 
 import itertools
@@ -15,7 +15,9 @@ from unicom_dist.data.buckets import Shape
 from unicom_dist.data.loader import heldout_codec_batches
 from unicom_dist.data.pairs import captions_of, open_set, spread
 from unicom_dist.data.text import Vocabulary
+from unicom_dist.evaluate.edits import draw_edits, edit_grid, read_edits
 from unicom_dist.models.codec import Codec, LatentStats
+from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.models.target import Target
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.sample.grid import picture_grid
@@ -24,6 +26,7 @@ from unicom_dist.sample.pictures import Latents, to_pictures
 from unicom_dist.sample.pipeline import UniComPipeline
 
 RECONSTRUCTIONS = 16
+EDITS = 8
 
 
 @torch.no_grad()
@@ -82,3 +85,24 @@ def draw_prompts(
         decoder_guidance=sample.decoder_guidance,
     )
     return picture_grid(images, sample.prompts), list(sample.prompts)
+
+
+def draw_heldout_edits(
+    config: Config, codec: Codec, prior: Transfusion, vocabulary: Vocabulary, stats: LatentStats
+) -> tuple[Image.Image, list[str]] | None:
+    """Edits of held-out pictures: shown, drawn, target; None where the recipe has none."""
+    edits = read_edits(config, encoder_fingerprint(config.encoder), EDITS)
+    if not edits:
+        return None
+    pipeline = UniComPipeline(codec, config.encoder, LoadedPrior(prior, vocabulary, stats))
+    return edit_grid(edits, draw_edits(pipeline, edits, config)), [edit.instruction for edit in edits]
+
+
+def one_above_the_other(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Grids in one picture, on white."""
+    canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height
+    return canvas

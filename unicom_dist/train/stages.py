@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from unicom_dist.checkpoint.weights import Chosen, StoredWeights, export_weights, read_weights_config, replace_folder
 from unicom_dist.config.errors import DataError
-from unicom_dist.config.schema import Config, PriorConfig, StageConfig
+from unicom_dist.config.schema import Config, PriorConfig, StageConfig, held_out_set
 from unicom_dist.data.loader import (
     CodecLoader,
     PriorLoader,
     fixed_codec_batches,
     heldout_codec_batches,
+    heldout_conversation_batches,
+    heldout_conversations,
     heldout_prior_batches,
 )
 from unicom_dist.data.manifest import Manifest
@@ -55,7 +57,7 @@ from unicom_dist.sample.loading import load_codec
 from unicom_dist.tracking.flops import codec_flops, prior_flops
 from unicom_dist.train.codec_inputs import CodecInputs
 from unicom_dist.train.linear_start import PICTURES, linear_start, set_start
-from unicom_dist.train.pictures import draw_prompts, draw_reconstructions
+from unicom_dist.train.pictures import draw_heldout_edits, draw_prompts, draw_reconstructions, one_above_the_other
 
 ENCODER = "encoder."  # names of a trained encoder's tensors, within a codec
 Batch = TypeVar("Batch", CodecBatch, PackedBatch)
@@ -293,10 +295,10 @@ class PriorTask(Task[PackedBatch]):
         module = self.outline(mesh, part_of(self.config.prior, *self.sizes, mesh))
         use(module, choose(self.config.kernels, cuda=mesh.device.type == "cuda"))
         module.train_only("connector" if self.stage.trainable == "connector" else "all")
-        if mesh.layout.zero_stage == 0:
-            materialise(module)
         if module.part.last:
             module.backbone.lm_head.z_loss = self.stage.z_loss
+        if mesh.layout.zero_stage == 0:
+            materialise(module)
             fill(module, self.source)
         self._share = getattr(self, "_share", module.share)  # of the model that is trained, not of a copy to draw with
         return module
@@ -363,6 +365,12 @@ class PriorTask(Task[PackedBatch]):
             self.config, self._vocabulary, self._stats, 0.5, limit, tasks=("image_to_text",)
         ):
             yield "", batch
+        for name, task in heldout_conversations(self.config).items():
+            for t in self.config.eval.fixed_t if getattr(self.stage.mixture, task) else ():
+                for batch in heldout_conversation_batches(
+                    self.config, name, self._vocabulary, self._stats, t, limit, joint=joint
+                ):
+                    yield f"_{name.removesuffix(held_out_set(''))}@{t:g}", batch
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -386,7 +394,12 @@ class PriorTask(Task[PackedBatch]):
         if self._codec is None:
             device = next(model.parameters()).device
             self._codec = load_codec(codec_folder(self.config, self.stage), device, model.dtype).model
-        return draw_prompts(self.config, self._codec, model, self._vocabulary, self.stats)
+        grid, labels = draw_prompts(self.config, self._codec, model, self._vocabulary, self.stats)
+        if self.stage.mixture.image_text_to_image:
+            edits = draw_heldout_edits(self.config, self._codec, model, self._vocabulary, self.stats)
+            if edits is not None:
+                grid, labels = one_above_the_other([grid, edits[0]]), [*labels, *edits[1]]
+        return grid, labels
 
 
 def part_of(prior: PriorConfig, vocabulary: int, latent_channels: int, feature_channels: int, mesh: Mesh) -> Part:
