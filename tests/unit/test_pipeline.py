@@ -6,14 +6,16 @@ import torch
 from PIL import Image
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
-from unicom_dist.data.samples import Arrays, Content, collate, grid_positions
+from unicom_dist.data.conversations import Conversation, Message
+from unicom_dist.data.samples import Arrays, Content, Words, collate, grid_positions
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.attention import AttentionPlan
 from unicom_dist.models.encoders import EncodedImage
 from unicom_dist.models.encoders.random import CHANNELS
+from unicom_dist.sample.dialogue import Dialogue
 from unicom_dist.sample.loading import LoadedPrior
-from unicom_dist.sample.pictures import to_pictures
-from unicom_dist.sample.pipeline import MAX_PROMPT_TOKENS, UniComPipeline, before_image
+from unicom_dist.sample.pictures import Latents, to_pictures
+from unicom_dist.sample.pipeline import MAX_PROMPT_TOKENS, UniComPipeline
 from unicom_dist.sample.solver import noise_from_seeds
 from unicom_dist.testing.tiny import COLOURS, draw_shape, tiny_config, write_tiny_assets
 from unicom_dist.testing.tiny_run import tiny_codec, tiny_prior, tiny_stats
@@ -72,7 +74,8 @@ def test_velocity_equals_the_training_forward(pipeline):
     content = Content("k", layout, [Arrays(z, noise, 0.4)])
     with torch.no_grad():
         _, expected = prior(collate([content], prior.latent_channels, prior.feature_channels))
-    prefix = prior.encode_prefix(collate([Content("", before_image(layout))], prior.latent_channels, CHANNELS))
+    asked = Dialogue((Message("user", (Words("a red circle"),)),)).content(pipeline.layouts, "raw", draws=True)
+    prefix = prior.encode_prefix(collate([asked], prior.latent_channels, CHANNELS))
     z_t = 0.4 * z + 0.6 * noise
     got = prior.velocity_from_prefix(prefix, z_t[None], torch.tensor([0.4]), grid_positions(2, 3))
     torch.testing.assert_close(got[0], expected, atol=1e-5, rtol=1e-5)
@@ -82,7 +85,8 @@ def test_one_euler_step_is_the_guided_velocity(pipeline):
     prior = pipeline.prior.model
 
     def velocity(text: str, noise: torch.Tensor) -> torch.Tensor:
-        prefix = collate([Content("", before_image(pipeline.layouts.text_to_image(text, (4, 4))))], 4, CHANNELS)
+        said = (Words(text),) if text else ()
+        prefix = collate([Dialogue((Message("user", said),)).content(pipeline.layouts, "raw", draws=True)], 4, CHANNELS)
         return prior.velocity_from_prefix(prior.encode_prefix(prefix), noise, torch.zeros(1), grid_positions(4, 4))
 
     noise = noise_from_seeds([9], (16, prior.latent_channels), "prior")
@@ -91,6 +95,24 @@ def test_one_euler_step_is_the_guided_velocity(pipeline):
         z = noise + unconditional + guidance * (conditional - unconditional)
         got = pipeline.draw_latents(["a red circle"], 9, steps=1, guidance=guidance, grid=(4, 4))[0]
         torch.testing.assert_close(got.values, pipeline.prior.stats.denormalise(z)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_edit_follows_the_training_layout(pipeline):
+    # One Euler step without guidance: the velocity that training's forward has at t = 0 for the same conversation.
+    prior, item = pipeline.prior.model, encoded(5, 2, 3)
+    latents = pipeline.prior.stats.normalise(pipeline.encode([item])[0].values)
+    noise = noise_from_seeds([3], (6, prior.latent_channels), "prior")[0]
+    said = {"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "text", "text": "a blue square"}]}
+    reply = {"role": "assistant", "content": [{"type": "image", "image": "b"}]}
+    conversation = Conversation.parse({"messages": [said, reply]}, "k")
+    layout, keys = conversation.layout(pipeline.layouts, "image_text_to_image", lambda key, read: (2, 3))
+    assert keys == ["a", "b"]
+    content = Content("k", layout, [Arrays(latents), Arrays(torch.zeros(6, prior.latent_channels), noise, 0.0)])
+    with torch.no_grad():
+        _, v = prior(collate([content], prior.latent_channels, prior.feature_channels))
+    expected = pipeline.decode([Latents(pipeline.prior.stats.denormalise(noise + v), (2, 3))], 3, 2)[0]
+    drawn = pipeline.edit(item, "a blue square", 3, steps=1, guidance=1, image_guidance=1, decoder_steps=2)
+    assert distance(drawn, expected) <= 1
 
 
 def test_grids_of_different_shapes_share_a_batch(pipeline):

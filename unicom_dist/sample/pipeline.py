@@ -1,4 +1,4 @@
-"""UniComPipeline: text to pictures, pictures to text, pictures to pictures.
+"""UniComPipeline: text and pictures to pictures, pictures to text.
 
 Drawing is two flows in a row: the prior draws latents for a prompt, the decoder draws pixels for the latents. Each
 picture has a seed, from which the noise of both flows is drawn on the CPU: it does not depend on its neighbours in a
@@ -7,27 +7,31 @@ Shapes: P pictures, n latents of d channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from unicom_dist.checkpoint.weights import export_weights
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.schema import EncoderConfig
-from unicom_dist.data.samples import Arrays, Content, Layout, Layouts, collate, grid_positions
+from unicom_dist.data.conversations import Message
+from unicom_dist.data.samples import INSTRUCTION, Layouts, Words, collate
 from unicom_dist.models.codec import Codec
+from unicom_dist.models.encoders import EncodedImage
 from unicom_dist.models.target import Target
+from unicom_dist.sample.dialogue import Dialogue, Seen
+from unicom_dist.sample.drawing import Drawing, draw
 from unicom_dist.sample.export import text_files, write_index
+from unicom_dist.sample.guidance import Guidance, Renorm
 from unicom_dist.sample.loading import LoadedPrior, check_pair, default_grid, find_parts, load_codec, load_prior
 from unicom_dist.sample.pictures import DOCS, Input, Latents, PictureCodec, features_tensor, seeds_for
-from unicom_dist.sample.solver import Solver, integrate, noise_from_seeds, time_grid
+from unicom_dist.sample.solver import Solver
 
 MAX_PROMPT_TOKENS = 1024  # no row of training is longer by default
+DEFAULT = Drawing()
 
 
 class UniComPipeline(PictureCodec):
@@ -117,20 +121,68 @@ class UniComPipeline(PictureCodec):
         decoder_steps: int = 8,
         grid: tuple[int, int] | None = None,
         decoder_guidance: float = 1.0,
+        *,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        renorm: Renorm = "none",
+        renorm_min: float = 0.0,
+        times: Sequence[float] = (),
     ) -> list[Image.Image]:
         """A picture per prompt.
 
         seeds: one for all, or one per prompt. steps, decoder_steps: solver steps of the prior and of the decoder.
+        times: of the prior, instead of `steps`; they rise from 0 to 1.
         guidance: v = v_uncond + guidance (v_cond - v_uncond); 1 = the prompt alone, 0 = no prompt.
+        guidance_interval, renorm, renorm_min: see `Guidance`.
         grid: rows and columns of latents, by default those of a square picture. decoder_guidance: as in `decode`.
         ConfigError: empty or too long prompt, wrong number of seeds. CheckpointError: no prior yet.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = seeds_for(seeds, len(prompts))
-        latents = self.draw_latents(prompts, seeds, steps, guidance, solver, grid)
-        return self.decode(latents, seeds, decoder_steps, solver, guidance=decoder_guidance)
+        scales = Guidance(guidance, 1.0, guidance_interval, renorm, renorm_min)
+        how = Drawing(steps, scales, solver, times, decoder_steps, decoder_guidance)
+        return self.draw([self._asking(prompt) for prompt in prompts], seeds, how, grid)
 
-    @torch.no_grad()
+    def edit(
+        self,
+        images: Input | Sequence[Input],
+        instruction: str,
+        seeds: int = 0,
+        steps: int = 25,
+        guidance: float = 3.0,
+        image_guidance: float = 1.5,
+        solver: Solver = "euler",
+        decoder_steps: int = 8,
+        grid: tuple[int, int] | None = None,
+        decoder_guidance: float = 1.0,
+        *,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        renorm: Renorm = "none",
+        renorm_min: float = 0.0,
+        times: Sequence[float] = (),
+    ) -> Image.Image:
+        """One picture drawn after `instruction` about one or several images, in their order.
+
+        image_guidance: v = v_noimages + image_guidance (v - v_noimages), also where `guidance` is 1.
+        grid: by default that of the first image's latents. Other arguments as in `__call__`.
+        ConfigError: no image, empty or too long instruction. CheckpointError: no prior yet.
+        """
+        given = [images] if isinstance(images, Image.Image | EncodedImage) else list(images)
+        if not given:
+            raise ConfigError("no image to edit", "an edit has one or several references", "give an image", DOCS)
+        scales = Guidance(guidance, image_guidance, guidance_interval, renorm, renorm_min)
+        how = Drawing(steps, scales, solver, times, decoder_steps, decoder_guidance)
+        return self.draw([self._asking(instruction, given)], seeds, how, grid)[0]
+
+    def draw(
+        self,
+        dialogues: Sequence[Dialogue],
+        seeds: int | Sequence[int] = 0,
+        how: Drawing = DEFAULT,
+        grid: tuple[int, int] | None = None,
+    ) -> list[Image.Image]:
+        """A picture after each dialogue."""
+        latents = self._draw(dialogues, seeds_for(seeds, len(dialogues)), how, grid)
+        return self.decode(latents, seeds, how.decoder_steps, how.solver, guidance=how.decoder_guidance)
+
     def draw_latents(
         self,
         prompts: Sequence[str],
@@ -141,14 +193,8 @@ class UniComPipeline(PictureCodec):
         grid: tuple[int, int] | None = None,
     ) -> list[Latents]:
         """The first half of `__call__`: un-normalised latents for each prompt and its seed."""
-        seeds = seeds_for(seeds, len(prompts))
-        for prompt in prompts:
-            self._check_prompt(prompt)
-        drawn: list[Latents] = []
-        for start in range(0, len(prompts), self.batch):
-            chosen = slice(start, start + self.batch)
-            drawn += self._draw(prompts[chosen], seeds[chosen], steps, guidance, solver, grid)
-        return drawn
+        how = Drawing(steps, Guidance(guidance), solver)
+        return self._draw([self._asking(prompt) for prompt in prompts], seeds_for(seeds, len(prompts)), how, grid)
 
     def understand(self, image: Input, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0) -> str:
         """A caption of a picture, or of features that were computed before; the likeliest words at temperature 0."""
@@ -162,49 +208,50 @@ class UniComPipeline(PictureCodec):
         prior, vocabulary = self.prior.model, self.prior.vocabulary
         stop = {vocabulary.control["<|im_end|>"], vocabulary.control["<|endoftext|>"]}
         generator = torch.Generator(self.device).manual_seed(seed) if temperature > 0 else None
-        encoded = self.features(images)
+        asked = Words(INSTRUCTION)
+        shown = [Dialogue((Message("user", ("0", asked)),), {"0": seen}) for seen in self.seen(images)]
         captions: list[str] = []
-        for start in range(0, len(encoded), self.batch):
+        for start in range(0, len(shown), self.batch):
             contents = [
-                Content("", self.layouts.image_to_text("", item.grid), [Arrays(features_tensor(item))])
-                for item in encoded[start : start + self.batch]
+                item.content(self.layouts, prior.config.understanding) for item in shown[start : start + self.batch]
             ]
-            batch = collate(contents, prior.latent_channels, prior.feature_channels).to(self.device)
+            batch = collate(contents, prior.latent_channels, prior.read_channels).to(self.device)
             rows = prior.generate_tokens(prior.encode_prefix(batch), stop, max_tokens, temperature, generator)
             captions += [vocabulary.decode(row).strip() for row in rows]
         return captions
 
+    def seen(self, images: Sequence[Input]) -> list[Seen]:
+        """Images as a dialogue shows them: features, and latents as the prior knows them."""
+        encoded = self.features(images)
+        return [
+            Seen(features_tensor(item), item.grid, self.prior.stats.normalise(values), grid)
+            for item, (values, grid) in zip(encoded, self.encode(encoded), strict=True)
+        ]
+
+    def _asking(self, text: str, images: Sequence[Input] = ()) -> Dialogue:
+        """A user's images and words."""
+        self._check_prompt(text)
+        shown = {str(number): seen for number, seen in enumerate(self.seen(images) if images else [])}
+        return Dialogue((Message("user", (*shown, Words(text))),), shown)
+
     def _draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        steps: int,
-        guidance: float,
-        solver: Solver,
-        grid: tuple[int, int] | None,
+        self, dialogues: Sequence[Dialogue], seeds: Sequence[int], how: Drawing, grid: tuple[int, int] | None
     ) -> list[Latents]:
-        """`draw_latents` of one batch: both branches of the guidance go through the prior together."""
-        prior = self.prior.model
-        rows, columns = grid or self.codec.config.compressor.latent_grid(default_grid(self.encoder_config))
-        both = guidance not in (0, 1)
-        branches = list(prompts) if guidance else [""] * len(prompts)
-        branches += [""] * len(prompts) if both else []
-        prefixes = [Content("", before_image(self.layouts.text_to_image(text, (rows, columns)))) for text in branches]
-        batch = collate(prefixes, prior.latent_channels, prior.feature_channels).to(self.device)
-        prefix = prior.encode_prefix(batch)
-        places = grid_positions(rows, columns).to(self.device)
-
-        def velocity(z: Tensor, t: float) -> Tensor:
-            z = torch.cat([z, z]) if both else z
-            v = prior.velocity_from_prefix(prefix, z, z.new_full((len(z),), t), places)
-            if not both:
-                return v
-            conditional, unconditional = v.chunk(2)
-            return unconditional + guidance * (conditional - unconditional)
-
-        noise = noise_from_seeds(seeds, (rows * columns, prior.latent_channels), "prior").to(self.device)
-        z = integrate(velocity, noise, time_grid(steps, prior.config.timestep_shift), solver)
-        return [Latents(values, (rows, columns)) for values in self.prior.stats.denormalise(z).cpu()]
+        """Un-normalised latents after each dialogue; those of one grid, with images or without, in common batches."""
+        square = self.codec.config.compressor.latent_grid(default_grid(self.encoder_config))
+        alike: dict[tuple[tuple[int, int], bool], list[int]] = {}
+        for number, dialogue in enumerate(dialogues):
+            own = next((seen.latent_grid for seen in dialogue.images.values()), square)
+            alike.setdefault((grid or own, dialogue.shows), []).append(number)
+        drawn: dict[int, Latents] = {}
+        for (chosen, _), numbers in alike.items():
+            for start in range(0, len(numbers), self.batch):
+                some = numbers[start : start + self.batch]
+                batch, own_seeds = [dialogues[number] for number in some], [seeds[number] for number in some]
+                z = draw(self.prior.model, self.layouts, batch, own_seeds, chosen, how)
+                latents = self.prior.stats.denormalise(z).cpu()
+                drawn.update((number, Latents(values, chosen)) for number, values in zip(some, latents, strict=True))
+        return [drawn[number] for number in range(len(dialogues))]
 
     def _check_prompt(self, prompt: str) -> None:
         if not prompt.strip():
@@ -217,11 +264,3 @@ class UniComPipeline(PictureCodec):
                 "shorten it",
                 DOCS,
             )
-
-
-def before_image(layout: Layout) -> Layout:
-    """The part of a text-to-image layout after which the image is drawn."""
-    start = layout.images[0].start
-    none, index = np.zeros(0, np.int64), np.arange(start)
-    prefix = replace(layout, task="text", segments=(("causal", start),), tokens=layout.tokens[:start], images=())
-    return replace(prefix, token_index=index, rope=index, label_index=none, label_ids=none)
