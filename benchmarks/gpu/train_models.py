@@ -24,7 +24,7 @@ from unicom_dist.parallel.pipeline.channels import Boundary
 from unicom_dist.train.ema import Ema
 from unicom_dist.train.execution import Execution, LossSums
 from unicom_dist.train.loop import add_up, make_engine
-from unicom_dist.train.stages import PriorTask
+from unicom_dist.train.prior import PriorTask
 from unicom_dist.train.watchdog import Watchdog
 
 LR = 1e-5

@@ -13,14 +13,15 @@ from unicom_dist.config.schema import Config
 from unicom_dist.data.conversations import Conversation
 from unicom_dist.data.shardset import ShardSet
 from unicom_dist.evaluate import quick
-from unicom_dist.evaluate.edits import PictureEdit, draw_edited, draw_edits, edit_rows, read_edits, single_edit
+from unicom_dist.evaluate.edits import PictureEdit, draw_edits, edit_rows, read_edits, single_edit
 from unicom_dist.evaluate.heldout import to_unit
 from unicom_dist.evaluate.quick import Networks
 from unicom_dist.models.encoders import encoder_fingerprint
+from unicom_dist.sample.pictures import Latents
 from unicom_dist.sample.pipeline import UniComPipeline
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.testing.tiny_run import tiny_prior, write_tiny_weights
-from unicom_dist.train.stages import PriorTask
+from unicom_dist.train.prior import PriorTask
 
 CHEAP = Networks(lambda pictures: to_unit(pictures).flatten(1), lambda a, b: (a - b).square().flatten(1).mean(1))
 
@@ -80,20 +81,25 @@ def test_only_pictures_and_words_that_get_one_picture_are_edits() -> None:
 
 
 def test_what_is_drawn_depends_on_words_and_references_and_not_on_the_others(
-    config: Config, pipeline: UniComPipeline, edits: list[PictureEdit]
+    config: Config, pipeline: UniComPipeline, edits: list[PictureEdit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def drawn(*asked: PictureEdit) -> torch.Tensor:
-        latents = draw_edited(pipeline, asked, list(range(len(asked))), 4, 3.0, "euler", first.target.grid)
-        return torch.stack([item.values for item in latents])
+    fine = config.model_copy(update={"sample": config.sample.model_copy(update={"steps": 4})})
+    drawn: list[torch.Tensor] = []
 
+    def kept(latents: list[Latents], *_: object, **__: object) -> list[Image.Image]:
+        drawn.append(torch.stack([item.values for item in latents]))
+        return [Image.new("RGB", (16, 16))] * len(latents)
+
+    monkeypatch.setattr(pipeline, "decode", kept)
     first, *others = edits
-    alone = drawn(first)[0]
-    torch.testing.assert_close(drawn(*edits)[0], alone, rtol=1e-4, atol=1e-5)
     words = PictureEdit(first.references, others[-1].instruction, first.target)
     shown = PictureEdit(others[-1].references, first.instruction, first.target)
-    for changed in (words, shown):
-        assert (drawn(changed)[0] - alone).abs().max() > 1e-3
-    assert [picture.size for picture in draw_edits(pipeline, edits, config)] == [(16, 16)] * len(edits)
+    for asked in ([first], edits, [words], [shown]):
+        draw_edits(pipeline, asked, fine)
+    alone = drawn[0][0]
+    torch.testing.assert_close(drawn[1][0], alone, rtol=1e-4, atol=1e-5)
+    for changed in drawn[2:]:
+        assert (changed[0] - alone).abs().max() > 1e-3
 
 
 def test_rows_compare_with_the_untrained_model_and_the_reference(

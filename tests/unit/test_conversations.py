@@ -145,7 +145,9 @@ def config(tmp_path: Path) -> Config:
     made = tiny_config(
         tmp_path,
         data={"conversations": {"talks": "interleaved"}, "max_bad_fraction": 1.0},
-        stages={"pretrain": {"mixture": {"interleaved": 1, "text": 1}, "row_positions": 128, "batch": 2, "micro_batches": 1}},
+        stages={
+            "pretrain": {"mixture": {"interleaved": 1, "text": 1}, "row_positions": 128, "batch": 2, "micro_batches": 1}
+        },
     )
     write_tiny_assets(tmp_path)
     write_tiny_sets(made, feature_channels=12)

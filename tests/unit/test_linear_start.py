@@ -16,8 +16,8 @@ from unicom_dist.models.patches import patchify
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.shards import write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
+from unicom_dist.train.codec import CodecTask
 from unicom_dist.train.linear_start import Regression, linear_start, set_start, under_tokens
-from unicom_dist.train.stages import CodecTask
 
 
 def test_components_are_those_of_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from unicom_dist.objective.terms import codec_counts, codec_terms, total
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.shards import write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
-from unicom_dist.train.stages import CodecTask
+from unicom_dist.train.codec import CodecTask
 
 SCALE = 4
 

@@ -37,9 +37,10 @@ from unicom_dist.train.ema import Ema
 from unicom_dist.train.execution import Execution, LossSums, Terms
 from unicom_dist.train.joint import JointTask
 from unicom_dist.train.loop import Run, make_engine, train_step
+from unicom_dist.train.prior import PriorTask
 from unicom_dist.train.schedule import learning_rate
 from unicom_dist.train.signals import StopRequest
-from unicom_dist.train.stages import PriorTask, Task
+from unicom_dist.train.stages import Task
 from unicom_dist.train.watchdog import Watchdog
 
 VOCABULARY, LATENT, FEATURE = 67, 5, 7  # 67 does not divide by anything

@@ -23,10 +23,11 @@ from unicom_dist.models.backbone import Part
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.compressor import Compressor
 from unicom_dist.models.init import Source
-from unicom_dist.models.joint import OWN, JointPrior, Reconstruction, compressor_fingerprint
+from unicom_dist.models.joint import OWN, JointPrior, Reconstruction, compressor_fingerprint, image_lengths
 from unicom_dist.models.latent_statistics import Moments, effective_rank
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.sharding import outlined
+from unicom_dist.objective.breakdown import kinds_of
 from unicom_dist.objective.terms import LossTerm, joint_counts, joint_terms
 from unicom_dist.parallel.engine import Piece
 from unicom_dist.parallel.mesh import Mesh
@@ -34,7 +35,8 @@ from unicom_dist.parallel.pipeline.channels import Boundary
 from unicom_dist.parallel.pipeline.runtime import Payload
 from unicom_dist.tracking.flops import token_flops
 from unicom_dist.train.collapse import Spread, check_spread
-from unicom_dist.train.stages import PriorTask, codec_folder
+from unicom_dist.train.prior import PriorTask
+from unicom_dist.train.stages import codec_folder
 
 COMPRESSOR = "compressor"  # folder within the exported prior
 CODEC = ("compressor.", "decompressor.")  # names of what is taken from the codec
@@ -98,11 +100,11 @@ class JointTask(PriorTask):
 
     def amounts(self, batch: PackedBatch) -> dict[str, float]:
         amounts = super().amounts(batch)
-        lengths = [segment.length for segment in batch.segments if segment.mode == "noise"]
-        return {**amounts, "flops": amounts["flops"] + token_flops(self._towers, lengths)}
+        return {**amounts, "flops": amounts["flops"] + token_flops(self._towers, image_lengths(batch))}
 
     def outcome(self, outputs: Any, batch: PackedBatch, first: bool, last: bool) -> tuple[Payload, dict[str, LossTerm]]:
-        terms = joint_terms(outputs, self._share.region(batch), self.stage, first, last)
+        kinds = kinds_of(batch) if last else None
+        terms = joint_terms(outputs, self._share.region(batch), self.stage, first, last, kinds)
         return (() if last else tuple(outputs[:2])), terms
 
     def boundaries(self, batch: PackedBatch) -> list[Boundary]:

@@ -3,8 +3,10 @@
 from typing import Any
 
 from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.train.codec import CodecTask
 from unicom_dist.train.joint import JointTask
-from unicom_dist.train.stages import CodecTask, PriorTask, Task
+from unicom_dist.train.prior import PriorTask
+from unicom_dist.train.stages import Task
 
 
 def make_task(config: Config, stage: StageConfig) -> Task[Any]:
