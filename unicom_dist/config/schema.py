@@ -241,6 +241,10 @@ class PriorConfig(Section):
     understanding: Literal["raw", "dim_concat", "seq_concat"] = Field(
         "raw", description="what an image that is read enters as: encoder features; these with the latents beside them in channels; features, then latents, as twice the positions"
     )
+    positions: Literal["shared", "rope2d"] = Field(
+        "shared", description="of an image's positions: one rotary position and a frozen 2-D table added (BAGEL), or rotary rows and columns (HunyuanImage 3.0)"
+    )
+    time_injection: Literal["add", "token"] = Field("add", description="how an image being denoised learns t: added to every latent (BAGEL), or a position of its own before them (Show-o2)")
     qk_norm: bool = Field(False, description="RMSNorm of queries and keys, head by head; Qwen2.5 has none, so with init_from its gains start at 1")
     timestep: Literal["uniform", "logit-normal"] = Field("uniform", description="how t is drawn in training")
     timestep_shift: float = Field(1.0, gt=0, description="as codec.timestep_shift")
@@ -330,6 +334,14 @@ class JointConfig(Section):
     collapse: Fraction = Field(0.1, description="the run ends when the latents' spread or effective rank falls below this share of what it was; 0 = never")
 
 
+class SpikeConfig(Section):
+    """Steps whose loss or gradients are not finite, or far above what they were."""
+
+    factor: NonNegative = Field(0.0, description="a step whose loss or gradient norm is above factor x its running median is recorded with its sample keys; 0 = none")
+    window: PositiveInt = Field(100, description="steps of the running median; none is judged before there are so many")
+    skip: int = Field(0, ge=0, description="steps in a row that are left out, and recorded, because their gradients are not finite; one more ends the run")
+
+
 class StageConfig(Section):
     """One step of the curriculum."""
 
@@ -359,6 +371,7 @@ class StageConfig(Section):
         "all", description="connector (prior): only the visual connector and heads; decoder (codec): not the compressor, which is that of the joint stage before"
     )
     joint: JointConfig = JointConfig()
+    spike: SpikeConfig = SpikeConfig()
     log_every: PositiveInt = Field(10, description="steps between metric records")
     eval_every: int = Field(0, ge=0, description="steps between held-out losses at fixed t; 0 = only at the end")
     sample_every: int = Field(0, ge=0, description="steps between picture grids; 0 = only at the end")
@@ -407,6 +420,7 @@ class EvalConfig(Section):
     images: PositiveInt = Field(64, description="held-out images reconstructed")
     prompts: PositiveInt = Field(64, description="training captions drawn and judged by nearest prototype")
     fixed_t: list[Fraction] = Field([0.1, 0.3, 0.5, 0.7, 0.9], description="times at which the flow loss is measured")
+    raw_weights: bool = Field(False, description="held-out losses while training also of the weights as they are, beside the averaged ones")
     fid_path: str = Field("assets/fid-inception", description="suite reconstruction: folder of the Inception network of FID; empty = no rFID, no KID")
     fid_protocol: Literal["torch-fidelity", "clean-fid", "pytorch-fid"] = Field("torch-fidelity", description="whose resizing to 299 px and value range FID uses")
 

@@ -70,7 +70,7 @@ class _Reader:
     ) -> None:
         self.images, self.limit = images, limit
         self._config, self._stage, self._stats, self._joint = config, stage, stats, joint
-        self._layouts = Layouts(vocabulary)
+        self._layouts = Layouts(vocabulary, config.prior)
         self._latent_channels = stats.mean.shape[0]
         # What is read of an image to be read, and of one to be drawn or referred to.
         self._read = (config.encoder.kind, "features.npy", images.feature_channels)

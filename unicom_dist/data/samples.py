@@ -28,14 +28,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unicom_dist.config.schema import PriorConfig
 from unicom_dist.data.text import Vocabulary
-from unicom_dist.models.segments import Mode, PackedBatch, Segment
+from unicom_dist.models.segments import Mode, PackedBatch, Segment, centred
 
 Task = Literal["text", "text_to_image", "image_to_text", "image_text_to_image", "interleaved"]
 TASKS: tuple[Task, ...] = ("text", "text_to_image", "image_to_text", "image_text_to_image", "interleaved")
 INSTRUCTION = "Describe the image."
 THINK, END_THINK = "<think>\n", "\n</think>\n"  # plain text, as in Qwen's reasoning models
 TEMPLATE_TEXTS = ("user", "assistant", "system", "\n", INSTRUCTION, THINK, END_THINK)
+DEFAULT = PriorConfig()
 Ints = NDArray[np.int64]
 Use = Literal["read", "reference", "draw"]
 Role = Literal["system", "user", "assistant"]
@@ -75,6 +77,7 @@ class Placed:
     start: int
     grid: tuple[int, int]
     image: int = 0
+    timed: bool = False  # the position before is its time's
 
     @property
     def size(self) -> int:
@@ -92,7 +95,7 @@ class Layout:
     token_index: Ints  # [T]
     label_index: Ints  # [Y]
     label_ids: Ints  # [Y]
-    rope: Ints  # [S]
+    rope: Ints  # [S], or [S, 2] rows and columns
     images: tuple[Placed, ...] = ()
 
     @property
@@ -101,10 +104,12 @@ class Layout:
         return len(self.rope)
 
 
-def lay_out(task: Task, pieces: Iterable[Text | Picture]) -> Layout:
+def lay_out(task: Task, pieces: Iterable[Text | Picture], rope2d: bool = False, time_token: bool = False) -> Layout:
     """Text and pictures one after the other. All positions of a picture share one rotary id, what follows goes on.
 
-    ValueError: a learned token with no token right before it.
+    `rope2d`: positions are rows and columns instead, equal for text; a picture is `centred` in a square beyond what
+    stands before it, and what follows goes on beyond the square. `time_token`: a position for the time before a picture
+    that is drawn. ValueError: a learned token with no token right before it.
     """
     segments: list[tuple[Mode, int]] = []
     tokens: list[int] = []
@@ -113,6 +118,10 @@ def lay_out(task: Task, pieces: Iterable[Text | Picture]) -> Layout:
     rope: list[Ints] = []
     images: list[Placed] = []
     place = turn = 0
+
+    def line(first: int, count: int, step: int) -> Ints:
+        ids = first + step * np.arange(count)
+        return np.stack([ids, ids], 1) if rope2d else ids
 
     def segment(mode: Mode, length: int, join: bool) -> None:
         if join and segments and segments[-1][0] == mode:
@@ -129,25 +138,26 @@ def lay_out(task: Task, pieces: Iterable[Text | Picture]) -> Layout:
             tokens += piece.tokens
             learned += [piece.learned] * count
             spans.append(np.arange(place, place + count))
-            rope.append(np.arange(turn, turn + count))
+            rope.append(line(turn, count, 1))
             place, turn = place + count, turn + count
             continue
         for order, use in enumerate(piece.uses):
-            image = Placed(use, place, piece.grid, piece.image)
-            segment(MODES[use], image.size, join=order > 0)
+            timed = time_token and use == "draw"
+            image = Placed(use, place + timed, piece.grid, piece.image, timed)
+            segment(MODES[use], timed + image.size, join=order > 0)
             images.append(image)
-            rope.append(np.full(image.size, turn))
-            place += image.size
-        turn += 1
+            rope.append(line(turn, int(timed), 0))
+            inside = turn + centred(grid_positions(*piece.grid)).numpy() if rope2d else line(turn, image.size, 0)
+            rope.append(inside)
+            place += timed + image.size
+        turn += max(piece.grid) if rope2d else 1
     ids = np.array(tokens, dtype=np.int64)
     index = np.concatenate([np.zeros(0, np.int64), *spans])
     label = np.flatnonzero(learned)
     if len(label) and (label[0] == 0 or (index[label] - index[label - 1] != 1).any()):
         raise ValueError("a learned token stands at the beginning or right after an image")
-    empty = np.zeros(0, np.int64)
-    return Layout(
-        task, tuple(segments), ids, index, index[label] - 1, ids[label], np.concatenate([empty, *rope]), tuple(images)
-    )
+    positions = np.concatenate([line(0, 0, 0), *rope])
+    return Layout(task, tuple(segments), ids, index, index[label] - 1, ids[label], positions, tuple(images))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +180,16 @@ class Turn:
 
 
 class Layouts:
-    """Builds the layouts of a vocabulary. Results of the three plain tasks are cached and must not be changed."""
+    """Builds the layouts of a vocabulary, for a prior. Results of the three plain tasks are cached: leave them alone.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    `lay_out` is the function of that name, with the prior's rules.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, prior: PriorConfig = DEFAULT) -> None:
         self.vocabulary = vocabulary
+        self.lay_out = functools.partial(
+            lay_out, rope2d=prior.positions == "rope2d", time_token=prior.time_injection == "token"
+        )
         control = vocabulary.control
         self._start, self._end = control["<|im_start|>"], control["<|im_end|>"]
         self._vision_start, self._vision_end = control["<|vision_start|>"], control["<|vision_end|>"]
@@ -189,20 +205,22 @@ class Layouts:
     def _text(self, text: str, limit: int) -> Layout:
         """A document of text alone, cut to `limit` positions."""
         first, *others = [*self.vocabulary.encode(text), self._end_of_text][:limit]
-        return lay_out("text", [Text((first,)), Text(tuple(others), learned=True)])
+        return self.lay_out("text", [Text((first,)), Text(tuple(others), learned=True)])
 
     def _text_to_image(self, caption: str, grid: tuple[int, int]) -> Layout:
         """A prompt and the image it asks for; the empty caption is the unconditional prompt."""
         before = (*self._user, *self.vocabulary.encode(caption), *self._assistant)
         drawn = Picture(grid, ("draw",))
-        return lay_out("text_to_image", [Text(before), self._begin(learned=True), drawn, Text((self._vision_end,))])
+        return self.lay_out(
+            "text_to_image", [Text(before), self._begin(learned=True), drawn, Text((self._vision_end,))]
+        )
 
     def _image_to_text(self, answer: str, grid: tuple[int, int], uses: tuple[Use, ...] = ("read",)) -> Layout:
         """An image and its description; without an answer the layout ends where the model has to go on."""
         prompt = (self._vision_end, *self._instruction, *self._assistant)
         reply = (*self.vocabulary.encode(answer), self._end) if answer else ()
         before = Text((*self._user, self._vision_start))
-        return lay_out("image_to_text", [before, Picture(grid, uses), Text(prompt), Text(reply, learned=True)])
+        return self.lay_out("image_to_text", [before, Picture(grid, uses), Text(prompt), Text(reply, learned=True)])
 
     def conversation(self, task: Task, turns: Sequence[Turn], goes_on: bool = False) -> Layout:
         """Turns of a conversation. `goes_on`: it ends where the assistant has to speak next."""
@@ -214,12 +232,12 @@ class Layouts:
             pieces += [Text((self._end,), learned=said), Text(tuple(self._newline))]
         if goes_on:
             pieces.append(Text(tuple(self._assistant[1 + len(self._newline) :])))
-        return lay_out(task, pieces)
+        return self.lay_out(task, pieces)
 
     def document(self, task: Task, parts: Sequence[Part]) -> Layout:
         """Text and images that follow each other, all of them to be learned, after an <|endoftext|> that opens it."""
         opening, closing = Text((self._end_of_text,)), Text((self._end_of_text,), learned=True)
-        return lay_out(task, [opening, *self._parts(parts, learned=True), closing])
+        return self.lay_out(task, [opening, *self._parts(parts, learned=True), closing])
 
     def _begin(self, learned: bool) -> Text:
         return Text((self._vision_start,), learned)
@@ -271,6 +289,7 @@ def collate(contents: Sequence[Content], latent_channels: int, feature_channels:
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *moved]))
 
     zeros = np.zeros(len(layouts), np.int64)
+    rope = np.concatenate([layout.rope for layout in layouts])
     placed = [
         (number, int(starts[number]) + place.start, place, image)
         for number, content in enumerate(contents)
@@ -285,7 +304,7 @@ def collate(contents: Sequence[Content], latent_channels: int, feature_channels:
         segments=[
             Segment(n, mode, length) for n, layout in enumerate(layouts) for mode, length in layout.segments if length
         ],
-        rope_positions=shifted([layout.rope for layout in layouts], zeros),
+        rope_positions=torch.from_numpy(rope),
         token_ids=shifted([layout.tokens for layout in layouts], zeros),
         token_index=shifted([layout.token_index for layout in layouts], starts),
         label_index=shifted([layout.label_index for layout in layouts], starts),
@@ -305,6 +324,8 @@ def collate(contents: Sequence[Content], latent_channels: int, feature_channels:
             np.repeat(np.arange(len(layouts)), [len(layout.label_ids) for layout in layouts])
         ),
         latent_sample=torch.repeat_interleave(torch.tensor([n for n, _, _, _ in made], dtype=torch.long), sizes),
+        time_index=_indices([(start - 1, 1) for _, start, place, _ in made if place.timed]),
+        times=torch.tensor([image.t for _, _, place, image in made if place.timed], dtype=torch.float32),
         target_features=_rows([image.target for _, _, _, image in made], feature_channels),
     )
 

@@ -147,6 +147,12 @@ class JointPrior(Transfusion):
         return part + (errors / layout.ulysses - part).detach() if layout.sequence_cut > 1 else errors
 
 
+def image_lengths(batch: PackedBatch) -> list[int]:
+    """Latents of each image to be denoised; a noise segment may also hold the image's time."""
+    timed = int(len(batch.times) > 0)
+    return [segment.length - timed for segment in batch.segments if segment.mode == "noise"]
+
+
 class Images:
     """Where the tokens of images [N, C] lie in a padded batch [B, n, C]."""
 
@@ -161,7 +167,7 @@ class Images:
     @classmethod
     def of(cls, batch: PackedBatch, device: torch.device) -> "Images":
         """The images to be denoised: one to a noise segment, in order."""
-        return cls([segment.length for segment in batch.segments if segment.mode == "noise"], device)
+        return cls(image_lengths(batch), device)
 
     def pad(self, rows: Tensor) -> Tensor:
         """[N, C] -> [B, n, C]."""

@@ -41,9 +41,17 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., K] float32 of positions [...]; the halves of K repeat the same frequencies (Qwen2's layout)."""
+    """cos and sin [S, K] float32 of positions [S]; the halves of K repeat the same frequencies (Qwen2's layout).
+
+    Positions [S, 2] are rows and columns: frequencies turn by one and the other in turn. Where both are equal, as those
+    of text are, this is the one-dimensional rotation (as in HunyuanImage 3.0, arXiv 2509.23951).
+    """
     powers = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    angles = positions[..., None].float() * (1.0 / theta**powers)
+    if positions.dim() == 1:
+        turns = positions[:, None]
+    else:
+        turns = positions[:, torch.arange(len(powers), device=positions.device) % 2]
+    angles = turns.float() * (1.0 / theta**powers)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 

@@ -38,12 +38,12 @@ class PackedBatch:
     """One or several packed rows on a single axis of S positions.
 
     Positions of one sample are consecutive and its segments are in order; `sum(segment lengths) == S`.
-    Every position is a text token, a latent or a feature: `token_index`, `latent_index` and `feature_index`
-    partition `range(S)`. `label_index` are distinct positions: their hidden states predict `label_ids`.
+    Every position is a text token, a latent, a feature or a time: `token_index`, `latent_index`, `feature_index` and
+    `time_index` partition `range(S)`. `label_index` are distinct positions: their hidden states predict `label_ids`.
     """
 
     segments: list[Segment]
-    rope_positions: Tensor  # [S] int64, restarts at 0 per sample, all positions of one image share one id
+    rope_positions: Tensor  # [S] int64, restarts at 0 per sample, all positions of an image share one id; or [S, 2]
     token_ids: Tensor  # [T] int64
     token_index: Tensor  # [T] int64
     label_index: Tensor  # [Y] int64
@@ -62,6 +62,8 @@ class PackedBatch:
     label_sample: Tensor  # [Y] int64, sample number of each label
     latent_sample: Tensor  # [N] int64
     target_features: Tensor = field(default_factory=partial(torch.zeros, 0, 0))  # [N, D], then; else empty
+    time_index: Tensor = field(default_factory=partial(torch.zeros, 0, dtype=torch.int64))  # [I] int64, of time tokens
+    times: Tensor = field(default_factory=partial(torch.zeros, 0))  # [I], what they say
     plan: Optional["Plan"] = None  # how `segments` attend, where that was prepared with the batch
 
     @property
@@ -74,3 +76,12 @@ class PackedBatch:
         tensors = {item.name: getattr(self, item.name) for item in fields(self) if item.type is Tensor}
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, **moved, plan=self.plan and self.plan.to(device))
+
+
+def centred(grid: Tensor) -> Tensor:
+    """Rows and columns [..., n, 2] of a whole image, moved to the middle of the square that holds it.
+
+    The square's longer side is how far an image moves the text after it when positions are two-dimensional.
+    """
+    size = grid.amax(-2, keepdim=True) + 1
+    return grid + (size.amax(-1, keepdim=True) - size) // 2

@@ -49,7 +49,8 @@ class Share:
         if self._slices == 1:
             everything: Tensor = embedding(region.token_ids)
             return everything
-        ids = torch.full_like(region.rope_positions, -1).index_copy_(0, region.token_index, region.token_ids)
+        ids = region.token_ids.new_full((region.num_positions,), -1)
+        ids.index_copy_(0, region.token_index, region.token_ids)
         vectors: Tensor = Take.apply(embedding(ids[None])[:, 0], mine.token_index)  # type: ignore[no-untyped-call]
         return vectors
 
@@ -94,10 +95,10 @@ def within(batch: PackedBatch, number: int, length: int) -> PackedBatch:
     if (begin, end) == (0, batch.num_positions):
         return batch
     rope = batch.rope_positions[begin:end]
-    indices = (batch.token_index, batch.label_index, batch.latent_index, batch.feature_index)
+    indices = (batch.token_index, batch.label_index, batch.latent_index, batch.feature_index, batch.time_index)
     here = torch.cat(indices).cpu()  # how many lie inside must be known: one wait for a GPU, not one for each
     here = (here >= begin) & (here < end)
-    token, label, latent, feature = (
+    token, label, latent, feature, time = (
         inside.nonzero()[:, 0].to(rope.device, non_blocking=True)
         for inside in torch.split(here, [len(index) for index in indices])
     )
@@ -107,7 +108,7 @@ def within(batch: PackedBatch, number: int, length: int) -> PackedBatch:
     flow = rank[batch.flow_index]
     return replace(
         batch,
-        rope_positions=torch.cat([rope, rope.new_zeros(length - rope.shape[0])]),
+        rope_positions=torch.cat([rope, rope.new_zeros(length - rope.shape[0], *rope.shape[1:])]),
         token_ids=batch.token_ids[token],
         token_index=batch.token_index[token] - begin,
         label_index=batch.label_index[label] - begin,
@@ -123,4 +124,6 @@ def within(batch: PackedBatch, number: int, length: int) -> PackedBatch:
         features=batch.features[feature],
         feature_index=batch.feature_index[feature] - begin,
         feature_grid=batch.feature_grid[feature],
+        time_index=batch.time_index[time] - begin,
+        times=batch.times[time],
     )
