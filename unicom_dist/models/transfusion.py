@@ -8,7 +8,7 @@ Shapes as in `segments.py`: S positions, T tokens, Y labels, N latents of d chan
 Time: t = 1 is data. Ref: UniCom arXiv 2603.10702, section 3.3.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -23,10 +23,15 @@ from unicom_dist.models.cache import AfterPrefix, Prefix, Recorder
 from unicom_dist.models.flow import interpolate
 from unicom_dist.models.init import fill, initial
 from unicom_dist.models.layers import RMSNorm, TimeEmbedding, at_grid, grid_table
-from unicom_dist.models.segments import PackedBatch, centred
+from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.share import Share
 from unicom_dist.parallel.engine import Piece
 from unicom_dist.parallel.mesh import Mesh
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest tokens [P] of logits [P, V]."""
+    return logits.argmax(-1)
 
 
 def initial_weight(piece: Piece, seed: int) -> Tensor:
@@ -131,27 +136,16 @@ class Transfusion(nn.Module):
         return at_grid(self.places.to(self.dtype), grid)
 
     def embed_latents(self, z_t: Tensor, t: Tensor, grid: Tensor) -> Tensor:
-        """Input vectors [..., h] of noised latents z_t [..., d] at times t [...] and places [..., 2].
-
-        Without the times where these have a token of their own, without the places where attention knows them.
-        """
-        vectors: Tensor = self.latent_in(z_t.to(self.dtype))
-        if self.config.time_injection == "add":
-            vectors = vectors + self.time(t)
-        return self._placed(vectors, grid)
-
-    def _placed(self, vectors: Tensor, grid: Tensor) -> Tensor:
-        return vectors + self.place(grid) if self.config.positions == "shared" else vectors
+        """Input vectors [..., h] of noised latents z_t [..., d] at times t [...] and places [..., 2]."""
+        vectors: Tensor = self.latent_in(z_t.to(self.dtype)) + self.time(t) + self.place(grid)
+        return vectors
 
     def embed(self, batch: PackedBatch, text: Tensor) -> Tensor:
         """Input vectors [S, h] of all positions, given those of the tokens [T, h]; padding is zero."""
         z_t = interpolate(batch.latents.float(), batch.noise.float(), batch.t.float())
         latents = self.embed_latents(z_t, batch.t, batch.latent_grid)
-        features = self._placed(self.connector(batch.features.to(self.dtype)), batch.feature_grid)
+        features = self.connector(batch.features.to(self.dtype)) + self.place(batch.feature_grid)
         rows, places = [text, latents, features], [batch.token_index, batch.latent_index, batch.feature_index]
-        if self.config.time_injection == "token":
-            rows.append(self.time(batch.times))
-            places.append(batch.time_index)
         padding = batch.num_positions - sum(len(place) for place in places)
         if padding:
             rows.append(text.new_zeros(padding, text.shape[1]))
@@ -198,13 +192,7 @@ class Transfusion(nn.Module):
         """Read prefixes once: a batch of text and clean images, one sample per prefix, without noised latents."""
         recorder = Recorder(batch, self.dtype)
         hidden = self.hidden(batch, recorder)
-        return Prefix(
-            recorder.keys,
-            recorder.values,
-            recorder.bias,
-            batch.rope_positions[recorder.last] + 1,
-            hidden[recorder.last],
-        )
+        return recorder.prefix(batch.rope_positions, hidden)
 
     @torch.no_grad()
     def velocity_from_prefix(self, prefix: Prefix, z_t: Tensor, t: Tensor, grid: Tensor) -> Tensor:
@@ -213,40 +201,40 @@ class Transfusion(nn.Module):
         z_t [P, n, d] noised latents, t [P], grid [n, 2] or [P, n, 2].
         """
         count, new = z_t.shape[:2]
-        grid = grid.expand(count, new, 2)
-        x = self.embed_latents(z_t, t[:, None].expand(count, new), grid)
-        positions = prefix.next_position[:, None].expand(count, new, *prefix.next_position.shape[1:])
-        if self.config.positions == "rope2d":
-            positions = positions + centred(grid)
-        if self.config.time_injection == "token":
-            x = torch.cat([self.time(t)[:, None], x], 1)
-            positions = torch.cat([prefix.next_position[:, None], positions], 1)
-        hidden = self.backbone.model(x.flatten(0, 1), positions.flatten(0, 1), AfterPrefix(prefix, x.shape[1]))
-        velocity: Tensor = self.flow_head(hidden.unflatten(0, (count, -1))[:, -new:]).float()
+        x = self.embed_latents(z_t, t[:, None].expand(count, new), grid.expand(count, new, 2))
+        positions = prefix.next_position[:, None].expand(count, new)
+        hidden = self.backbone.model(x.flatten(0, 1), positions.flatten(), AfterPrefix(prefix, new))
+        velocity: Tensor = self.flow_head(hidden).float().unflatten(0, (count, new))
         return velocity
 
     @torch.no_grad()
+    def next_logits(self, prefix: Prefix) -> Tensor:
+        """What follows each prefix, [P, V] float32."""
+        logits: Tensor = self.backbone.lm_head.logits(prefix.last_hidden).float()
+        return logits
+
+    @torch.no_grad()
+    def append_tokens(self, prefix: Prefix, tokens: Tensor) -> Prefix:
+        """The prefixes, each with one of `tokens` [P] at its end; they share the buffers."""
+        after = AfterPrefix(prefix, 1)
+        return after.grown(self.backbone.model(self.backbone.model.embed_tokens(tokens), prefix.next_position, after))
+
     def generate_tokens(
         self,
         prefix: Prefix,
         stop_ids: Collection[int],
         limit: int,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
+        choose: Callable[[Tensor], Tensor] = greedy,
     ) -> list[list[int]]:
         """Continue each prefix by at most `limit` tokens, up to and without the first of `stop_ids`.
 
-        `temperature` = 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature) with
-        `generator`.
+        `choose` takes logits [P, V] to tokens [P], by default the likeliest.
         """
         texts: list[list[int]] = [[] for _ in range(prefix.last_hidden.shape[0])]
         running = set(range(len(texts)))
+        prefix.reserve(limit)
         for _ in range(limit):
-            logits = self.backbone.lm_head.logits(prefix.last_hidden).float()
-            if temperature > 0:
-                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            else:
-                chosen = logits.argmax(-1)
+            chosen = choose(self.next_logits(prefix))
             for number, token in enumerate(chosen.tolist()):
                 if number in running and token in stop_ids:
                     running.discard(number)
@@ -254,7 +242,5 @@ class Transfusion(nn.Module):
                     texts[number].append(token)
             if not running:
                 break
-            after = AfterPrefix(prefix, 1)
-            hidden = self.backbone.model(self.backbone.model.embed_tokens(chosen), prefix.next_position, after)
-            prefix = after.grown(hidden)
+            prefix = self.append_tokens(prefix, chosen)
         return texts

@@ -75,7 +75,8 @@ def draw(
     ]
     device = next(model.parameters()).device
     prefix = model.encode_prefix(collate(contents, model.latent_channels, model.read_channels).to(device))
-    alone = prefix if len(branches) == 1 else prefix.select(range(count))
+    prefix.reserve(grid[0] * grid[1] + 1)  # a model may put the time before the latents
+    alone = prefix.first(count)
     places = grid_positions(*grid).to(device)
 
     def velocity(z: Tensor, t: float) -> Tensor:

@@ -29,6 +29,7 @@ from unicom_dist.sample.guidance import Guidance, Renorm
 from unicom_dist.sample.loading import LoadedPrior, check_pair, default_grid, find_parts, load_codec, load_prior
 from unicom_dist.sample.pictures import DOCS, Input, Latents, PictureCodec, features_tensor, seeds_for
 from unicom_dist.sample.solver import Solver
+from unicom_dist.sample.writing import Chooser
 
 MAX_PROMPT_TOKENS = 1024  # no row of training is longer by default
 DEFAULT = Drawing()
@@ -202,12 +203,11 @@ class UniComPipeline(PictureCodec):
 
     @torch.no_grad()
     def captions(
-        self, images: Sequence[Input], max_tokens: int = 48, temperature: float = 0.0, seed: int = 0
+        self, images: Sequence[Input], max_tokens: int = 48, temperature: float = 0.0, seed: int = 0, top_p: float = 1.0
     ) -> list[str]:
-        """A caption per picture; see `understand`."""
+        """A caption per picture; see `understand`. `seed`: of each."""
         prior, vocabulary = self.prior.model, self.prior.vocabulary
         stop = {vocabulary.control["<|im_end|>"], vocabulary.control["<|endoftext|>"]}
-        generator = torch.Generator(self.device).manual_seed(seed) if temperature > 0 else None
         asked = Words(INSTRUCTION)
         shown = [Dialogue((Message("user", ("0", asked)),), {"0": seen}) for seen in self.seen(images)]
         captions: list[str] = []
@@ -216,7 +216,8 @@ class UniComPipeline(PictureCodec):
                 item.content(self.layouts, prior.config.understanding) for item in shown[start : start + self.batch]
             ]
             batch = collate(contents, prior.latent_channels, prior.read_channels).to(self.device)
-            rows = prior.generate_tokens(prior.encode_prefix(batch), stop, max_tokens, temperature, generator)
+            choose = Chooser([seed] * len(contents), temperature, top_p)
+            rows = prior.generate_tokens(prior.encode_prefix(batch), stop, max_tokens, choose)
             captions += [vocabulary.decode(row).strip() for row in rows]
         return captions
 
