@@ -5,11 +5,9 @@ what a model that ignores the instruction would draw.
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,15 +19,14 @@ from unicom_dist.data.conversations import Conversation, Message, Words
 from unicom_dist.data.images import Found, Images
 from unicom_dist.data.loader import heldout_conversations
 from unicom_dist.data.pairs import conversation_of, open_set, spread
-from unicom_dist.data.samples import Arrays, Content, Layout, collate, grid_positions
 from unicom_dist.evaluate.heldout import Pair, read_pair, to_unit
 from unicom_dist.evaluate.image_metrics import psnr
 from unicom_dist.evaluate.reconstruction import Distance, reconstruct
 from unicom_dist.evaluate.rows import Row, measure
+from unicom_dist.sample.dialogue import Dialogue
+from unicom_dist.sample.drawing import Drawing
 from unicom_dist.sample.grid import picture_grid
-from unicom_dist.sample.pictures import Latents
 from unicom_dist.sample.pipeline import UniComPipeline
-from unicom_dist.sample.solver import Solver, integrate, noise_from_seeds, time_grid
 
 log = logging.getLogger(__name__)
 SPLIT = "heldout edits"
@@ -91,87 +88,26 @@ def single_edit(conversation: Conversation) -> tuple[list[str], str, str] | None
 
 def draw_edits(pipeline: UniComPipeline, edits: Sequence[PictureEdit], config: Config) -> list[Image.Image]:
     """A picture for each edit as the recipe's `sample` section says, on the grid of the target."""
-    sample = config.sample
+    how = Drawing.of(config.sample)
     # A fresh flow head is zero: the velocity is 0 everywhere and one step ends where any number of steps would.
-    steps = sample.steps if any(weight.any() for weight in pipeline.prior.model.flow_head.out.parameters()) else 1
+    if not any(weight.any() for weight in pipeline.prior.model.flow_head.out.parameters()):
+        how = replace(how, steps=1)
+    seen = iter(pipeline.seen([pair.features for edit in edits for pair in edit.references]))
+    asked = []
+    for edit in edits:
+        images = {str(number): next(seen) for number in range(len(edit.references))}
+        asked.append(Dialogue((Message("user", (*images, Words(edit.instruction))),), images))
     pictures: dict[int, Image.Image] = {}
-    latent_grid = pipeline.codec.config.compressor.latent_grid
     for grid in {edit.target.grid for edit in edits}:
         chosen = [number for number, edit in enumerate(edits) if edit.target.grid == grid]
-        for start in range(0, len(chosen), pipeline.batch):
-            numbers = chosen[start : start + pipeline.batch]
-            seeds = [sample.seed + number for number in numbers]
-            asked = [edits[number] for number in numbers]
-            latents = draw_edited(pipeline, asked, seeds, steps, sample.guidance, sample.solver, latent_grid(grid))
-            drawn = pipeline.decode(
-                latents, seeds, sample.decoder_steps, sample.solver, guidance=sample.decoder_guidance
-            )
-            pictures.update(zip(numbers, drawn, strict=True))
+        drawn = pipeline.draw(
+            [asked[number] for number in chosen],
+            [config.sample.seed + number for number in chosen],
+            how,
+            pipeline.codec.config.compressor.latent_grid(grid),
+        )
+        pictures.update(zip(chosen, drawn, strict=True))
     return [pictures[number] for number in range(len(edits))]
-
-
-@torch.no_grad()
-def draw_edited(
-    pipeline: UniComPipeline,
-    edits: Sequence[PictureEdit],
-    seeds: Sequence[int],
-    steps: int,
-    guidance: float,
-    solver: Solver,
-    grid: tuple[int, int],
-) -> list[Latents]:
-    """Un-normalised latents of edits on one grid. Guidance is between with and without the words; pictures stay."""
-    prior, stats = pipeline.prior.model, pipeline.prior.stats
-    shown = pipeline.encode([pair.features for edit in edits for pair in edit.references])
-    clean = iter(shown)
-    references = [[next(clean) for _ in edit.references] for edit in edits]
-    both = guidance not in (0, 1)
-    prefixes = []
-    for words in [True, False] if both else [guidance > 0]:
-        for edit, latents in zip(edits, references, strict=True):
-            said = (Words(edit.instruction),) if words else ()
-            user = Message("user", (*map(str, range(len(latents))), *said))
-            grids = {str(number): item.grid for number, item in enumerate(latents)} | {"": grid}
-            layout, _ = Conversation((user, Message("assistant", ("",)))).layout(
-                pipeline.layouts,
-                "image_text_to_image",
-                lambda key, read, grids=grids: grids[key],  # type: ignore[misc]
-            )
-            prefixes.append(
-                Content("", before_drawn(layout), [Arrays(stats.normalise(item.values)) for item in latents])
-            )
-    prefix = prior.encode_prefix(collate(prefixes, prior.latent_channels, prior.feature_channels).to(pipeline.device))
-    places = grid_positions(*grid).to(pipeline.device)
-
-    def velocity(z: Tensor, t: float) -> Tensor:
-        z = torch.cat([z, z]) if both else z
-        v = prior.velocity_from_prefix(prefix, z, z.new_full((len(z),), t), places)
-        if not both:
-            return v
-        conditional, unconditional = v.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
-
-    noise = noise_from_seeds(seeds, (math.prod(grid), prior.latent_channels), "prior").to(pipeline.device)
-    z = integrate(velocity, noise, time_grid(steps, prior.config.timestep_shift), solver)
-    return [Latents(values, grid) for values in stats.denormalise(z).cpu()]
-
-
-def before_drawn(layout: Layout) -> Layout:
-    """The part of a layout after which its last image, the only one that is drawn, begins."""
-    start = layout.images[-1].start
-    lengths = np.cumsum([length for _, length in layout.segments])
-    kept = layout.segments[: int(np.searchsorted(lengths, start)) + 1]
-    none, text = np.zeros(0, np.int64), layout.token_index < start
-    return replace(
-        layout,
-        segments=kept,
-        tokens=layout.tokens[text],
-        token_index=layout.token_index[text],
-        label_index=none,
-        label_ids=none,
-        rope=layout.rope[:start],
-        images=layout.images[:-1],
-    )
 
 
 def edit_rows(
