@@ -23,7 +23,7 @@ from unicom_dist.models.cache import AfterPrefix, Prefix, Recorder
 from unicom_dist.models.flow import interpolate
 from unicom_dist.models.init import fill, initial
 from unicom_dist.models.layers import RMSNorm, TimeEmbedding, at_grid, grid_table
-from unicom_dist.models.segments import PackedBatch
+from unicom_dist.models.segments import PackedBatch, centred
 from unicom_dist.models.share import Share
 from unicom_dist.parallel.engine import Piece
 from unicom_dist.parallel.mesh import Mesh
@@ -136,16 +136,27 @@ class Transfusion(nn.Module):
         return at_grid(self.places.to(self.dtype), grid)
 
     def embed_latents(self, z_t: Tensor, t: Tensor, grid: Tensor) -> Tensor:
-        """Input vectors [..., h] of noised latents z_t [..., d] at times t [...] and places [..., 2]."""
-        vectors: Tensor = self.latent_in(z_t.to(self.dtype)) + self.time(t) + self.place(grid)
-        return vectors
+        """Input vectors [..., h] of noised latents z_t [..., d] at times t [...] and places [..., 2].
+
+        Without the times where these have a token of their own, without the places where attention knows them.
+        """
+        vectors: Tensor = self.latent_in(z_t.to(self.dtype))
+        if self.config.time_injection == "add":
+            vectors = vectors + self.time(t)
+        return self._placed(vectors, grid)
+
+    def _placed(self, vectors: Tensor, grid: Tensor) -> Tensor:
+        return vectors + self.place(grid) if self.config.positions == "shared" else vectors
 
     def embed(self, batch: PackedBatch, text: Tensor) -> Tensor:
         """Input vectors [S, h] of all positions, given those of the tokens [T, h]; padding is zero."""
         z_t = interpolate(batch.latents.float(), batch.noise.float(), batch.t.float())
         latents = self.embed_latents(z_t, batch.t, batch.latent_grid)
-        features = self.connector(batch.features.to(self.dtype)) + self.place(batch.feature_grid)
+        features = self._placed(self.connector(batch.features.to(self.dtype)), batch.feature_grid)
         rows, places = [text, latents, features], [batch.token_index, batch.latent_index, batch.feature_index]
+        if self.config.time_injection == "token":
+            rows.append(self.time(batch.times))
+            places.append(batch.time_index)
         padding = batch.num_positions - sum(len(place) for place in places)
         if padding:
             rows.append(text.new_zeros(padding, text.shape[1]))
@@ -201,10 +212,16 @@ class Transfusion(nn.Module):
         z_t [P, n, d] noised latents, t [P], grid [n, 2] or [P, n, 2].
         """
         count, new = z_t.shape[:2]
-        x = self.embed_latents(z_t, t[:, None].expand(count, new), grid.expand(count, new, 2))
-        positions = prefix.next_position[:, None].expand(count, new)
-        hidden = self.backbone.model(x.flatten(0, 1), positions.flatten(), AfterPrefix(prefix, new))
-        velocity: Tensor = self.flow_head(hidden).float().unflatten(0, (count, new))
+        grid = grid.expand(count, new, 2)
+        x = self.embed_latents(z_t, t[:, None].expand(count, new), grid)
+        positions = prefix.next_position[:, None].expand(count, new, *prefix.next_position.shape[1:])
+        if self.config.positions == "rope2d":
+            positions = positions + centred(grid)
+        if self.config.time_injection == "token":
+            x = torch.cat([self.time(t)[:, None], x], 1)
+            positions = torch.cat([prefix.next_position[:, None], positions], 1)
+        hidden = self.backbone.model(x.flatten(0, 1), positions.flatten(0, 1), AfterPrefix(prefix, x.shape[1]))
+        velocity: Tensor = self.flow_head(hidden.unflatten(0, (count, -1))[:, -new:]).float()
         return velocity
 
     @torch.no_grad()
