@@ -28,7 +28,6 @@ from unicom_dist.data.samples import (
     Use,
     Words,
     beside,
-    lay_out,
 )
 from unicom_dist.sample.guidance import Branch
 
@@ -110,7 +109,7 @@ class Dialogue:
         pieces += [begin] * draws
         return Content(
             "",
-            joined(layout, lay_out("interleaved", pieces)),
+            joined(layout, layouts.lay_out("interleaved", pieces)),
             [_arrays(seen, use, understanding) for seen, use in shown],
         )
 
@@ -135,7 +134,7 @@ def _arrays(seen: Seen, use: Use, understanding: str) -> Arrays:
 
 def joined(first: Layout, then: Layout) -> Layout:
     """Two layouts as one: the second goes on where the first ends."""
-    start, turn = first.length, int(first.rope[-1]) + 1 if first.length else 0
+    start, turn = first.length, first.rope[-1] + 1 if first.length else 0
     segments = [*first.segments]
     for mode, length in then.segments:
         if segments and segments[-1][0] == mode == "causal":

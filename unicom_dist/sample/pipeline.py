@@ -109,7 +109,7 @@ class UniComPipeline(PictureCodec):
     def layouts(self) -> Layouts:
         """How prompts become tokens: the training's own code. CheckpointError while there is no prior."""
         if self._layouts is None:
-            self._layouts = Layouts(self.prior.vocabulary)
+            self._layouts = Layouts(self.prior.vocabulary, self.prior.model.config)
         return self._layouts
 
     def __call__(
