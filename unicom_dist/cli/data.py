@@ -111,7 +111,7 @@ def preview(
     recipe: Recipe,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("preview.png"),
-    name: Annotated[str, typer.Option("--set", help="train, augmented or heldout.")] = "train",
+    name: Annotated[str, typer.Option("--set", help="train, augmented, heldout, edits, …")] = "train",
     count: Annotated[int, typer.Option(min=1, help="Pictures shown.")] = 24,
 ) -> None:
     """Draw pictures of a set under their captions into one image file."""
