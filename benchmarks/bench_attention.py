@@ -30,9 +30,9 @@ from unicom_dist.models import attention_plan
 from unicom_dist.models.attention import AttentionPlan, visible
 from unicom_dist.models.attention_plan import documents
 from unicom_dist.models.flex import FlexPlan
+from unicom_dist.models.operations import visible_pairs
 from unicom_dist.models.segments import Segment
 from unicom_dist.testing.segments import LAYOUTS, layout
-from unicom_dist.tracking.flops import visible_pairs
 
 HEADS, CHANNELS = 4, 64
 UNMASKED, DENSE, SAMPLES, CAUSAL = "no mask", "dense mask", "sample by sample", "samples as text"

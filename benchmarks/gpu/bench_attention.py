@@ -26,9 +26,9 @@ from common import Goal, interleaved, publish
 
 from unicom_dist.models.attention import visible
 from unicom_dist.models.flex import BLOCK, FlexPlan, _kernel
+from unicom_dist.models.operations import visible_pairs
 from unicom_dist.models.segments import Segment
 from unicom_dist.testing.segments import LAYOUTS, layout
-from unicom_dist.tracking.flops import visible_pairs
 
 HEADS, KEY_HEADS, CHANNELS = 28, 4, 128
 UNMASKED, DENSE, ANEW, OURS = "no mask", "dense mask", "FlexAttention, mask anew", "FlexAttention (ours)"

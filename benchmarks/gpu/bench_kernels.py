@@ -27,10 +27,10 @@ from unicom_dist.models import functions
 from unicom_dist.models.attention import AttentionPlan
 from unicom_dist.models.backbone import Decoder
 from unicom_dist.models.flex import FlexPlan
+from unicom_dist.models.operations import visible_pairs
 from unicom_dist.models.segments import Segment
 from unicom_dist.parallel.cross_entropy import linear_cross_entropy
 from unicom_dist.parallel.kernels import detect
-from unicom_dist.tracking.flops import visible_pairs
 
 HEADS, KV_HEADS, CHANNELS = 28, 4, 128
 LAYOUTS = {

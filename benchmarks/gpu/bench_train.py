@@ -31,8 +31,9 @@ from train_models import BOTH, COMPILED, FLEX, PLAIN, Peer, Shaped, Trainer, com
 from train_rows import ROWS, SIZES, packed
 
 from unicom_dist.config.layout import Layout
+from unicom_dist.models.operations import visible_pairs
 from unicom_dist.parallel.kernels import detect
-from unicom_dist.tracking.flops import device_peak, measure_peak, visible_pairs
+from unicom_dist.tracking.flops import device_peak, measure_peak
 
 First = tuple[float, float]  # nats per label of a first step, and its gradient's norm
 

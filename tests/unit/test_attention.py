@@ -12,11 +12,11 @@ from unicom_dist.models.attention import AttentionPlan, visible
 from unicom_dist.models.attention_kernels import FUSED, PRODUCTS
 from unicom_dist.models.attention_plan import plan_calls
 from unicom_dist.models.layers import attend, attend_by_products
+from unicom_dist.models.operations import visible_pairs
 from unicom_dist.models.segments import Segment
 from unicom_dist.models.share import Share
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.segments import LAYOUTS, layout, random_packing
-from unicom_dist.tracking.flops import visible_pairs
 
 SHARED_HEADS = [(2, 2), (4, 2), (3, 1)]  # query heads and key heads
 PRICES = {"cut": 0.0, "as costs are": 60.0, "whole": 1e9}  # of a call: small packings are cut, or some, or none

@@ -9,9 +9,10 @@ from unicom_dist.models.attention import visible
 from unicom_dist.models.codec import Codec, CodecBatch
 from unicom_dist.models.compressor import Compressor
 from unicom_dist.models.joint import Reconstruction
+from unicom_dist.models.operations import visible_pairs
 from unicom_dist.models.segments import PackedBatch, Segment
 from unicom_dist.models.transfusion import Transfusion
-from unicom_dist.tracking.flops import codec_flops, forward_flops, measure_peak, prior_flops, token_flops, visible_pairs
+from unicom_dist.tracking.flops import codec_flops, forward_flops, measure_peak, prior_flops, token_flops
 
 LINEAR = ("mm", "addmm")
 VOCAB, D, FEATURES = 50, 8, 24

@@ -80,14 +80,14 @@ def same(one: Any, other: Any) -> bool:
 
 
 def prior_content(batches: list[PackedBatch]) -> list[tuple[Any, ...]]:
-    """Everything about each sample of a step that must not depend on how the step was cut."""
+    """What must not depend on how the step was cut of each sample of a step, sorted."""
     out = []
     for batch in batches:
         for n, (key, task) in enumerate(zip(batch.keys, batch.tasks, strict=True)):
             mine = batch.latent_sample == n
             arrays = (batch.latents[mine], batch.noise[mine], batch.t[mine], batch.label_ids[batch.label_sample == n])
             out.append((key, task, *(array.numpy().tobytes() for array in arrays)))
-    return out
+    return sorted(out)
 
 
 def codec_content(batches: list[CodecBatch]) -> list[tuple[Any, ...]]:

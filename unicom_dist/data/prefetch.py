@@ -40,7 +40,8 @@ class Share:
                 "every rank takes equally many pieces of a step",
                 f"use a multiple of {dp_size * micro_batches}",
             )
-        self.total, self.count = total, total // dp_size
+        self.total, self.rank, self.ranks, self.micro_batches = total, dp_rank, dp_size, micro_batches
+        self.count = total // dp_size
         self.first, self._piece = dp_rank * self.count, self.count // micro_batches
 
     def cut(self, mine: Sequence[Item]) -> list[Sequence[Item]]:

@@ -1,14 +1,15 @@
 """Packed batches for the prior: samples of every kind in the mixture of the stage.
 
-Every rank plans the whole step (tasks, texts, lengths, packing) and reads latents and features of its own rows only,
-so neither order nor packing depends on the number of ranks or micro-batches. A malformed sample is skipped, counted and
-named, and the next of its task takes its place. The state holds the draws per task and the samples in unfinished rows;
-it does not grow with what was consumed.
+Every rank plans the whole step (tasks, texts, lengths, packing, who takes which row) and reads latents and features of
+its own rows only, so neither order nor packing depends on the number of ranks or micro-batches. A malformed sample is
+skipped, counted and named, and the next of its task takes its place. The state holds the draws per task and the samples
+in unfinished rows; it does not grow with what was consumed.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, StageConfig, held_out_set
+from unicom_dist.data.balance import amounts_of, deal
 from unicom_dist.data.conversations import Conversation
 from unicom_dist.data.images import Found, Images
 from unicom_dist.data.manifest import Manifest
@@ -30,6 +32,7 @@ from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.attention import Plan
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.flow import sample_t
+from unicom_dist.models.operations import transfusion_flops
 from unicom_dist.models.segments import PackedBatch, Segment
 
 # Share of the text-to-image samples prompted with one of the further captions (keywords) instead of the caption.
@@ -238,7 +241,16 @@ class PriorLoader(StepLoader[PackedBatch]):
         self._packer: Packer[Planned] = Packer(stage.row_positions)
         self._bad = BadSamples(max(sizes.values()), config.data.max_bad_fraction)
         self._share = Share(stage.batch, dp_rank, dp_size, stage.micro_batches)
+        self._flops = partial(
+            transfusion_flops,
+            config.prior,
+            vocabulary=vocabulary.size,
+            latent_channels=stats.mean.shape[0],
+            feature_channels=config.prior.read_channels(images.feature_channels, stats.mean.shape[0]),
+            backbone_frozen=stage.trainable != "all",
+        )
         self._step, self._row_count, self._filled = 0, 0, 0
+        self._costliest, self._mean_cost = 0.0, 0.0  # summed over the steps
         identity = {
             "stage": stage.name,
             "seed": config.seed,
@@ -249,18 +261,28 @@ class PriorLoader(StepLoader[PackedBatch]):
         super().__init__(identity, prefetch)
 
     def report(self) -> dict[str, float]:
-        """Figures for the metrics: empty share of the rows since the start, malformed samples met."""
+        """Figures for the metrics, since the start.
+
+        Empty share of the rows, malformed samples met, FLOPs of a step's costliest rank over the mean of the ranks.
+        """
         positions = self._row_count * self._reader.limit
-        empty = 1 - self._filled / positions if positions else 0.0
-        return {"data/pad_fraction": empty, "data/bad_samples": float(len(self._bad.names))}
+        return {
+            "data/pad_fraction": 1 - self._filled / positions if positions else 0.0,
+            "data/bad_samples": float(len(self._bad.names)),
+            "data/rank_imbalance": self._costliest / self._mean_cost if positions else 1.0,
+        }
 
     def _next(self) -> list[PackedBatch]:
         rows = [self._next_row() for _ in range(self._share.total)]
         self._step += 1
         self._row_count += len(rows)
         self._filled += sum(planned.length for row in rows for planned in row)
-        mine = rows[self._share.first : self._share.first + self._share.count]
-        return [self._batch([planned for row in piece for planned in row]) for piece in self._share.cut(mine)]
+        costs = [sum(self._flops(amounts_of(planned.layout)) for planned in row) for row in rows]
+        dealt = deal(costs, self._share.ranks, self._share.micro_batches)
+        self._costliest += max(sum(costs[n] for piece in pieces for n in piece) for pieces in dealt)
+        self._mean_cost += sum(costs) / self._share.ranks
+        mine = dealt[self._share.rank]
+        return [self._batch([planned for n in piece for planned in rows[n]]) for piece in mine]
 
     def _batch(self, samples: list[Planned]) -> PackedBatch:
         batch = self._reader.read(samples)

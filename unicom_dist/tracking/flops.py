@@ -2,7 +2,6 @@
 
 A multiplication and an addition count as two: forward 2 per weight and position, backward twice that. Only query-key
 pairs that see each other count, so padding, hidden pairs and recomputation never raise MFU.
-Symbols: h hidden, a query heads, k key-value heads, c channels per head, f MLP width, V vocabulary, L layers.
 Ref: Chowdhery et al. 2022 (PaLM), appendix B, for model FLOPs utilisation.
 """
 
@@ -17,28 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models.codec import Codec, CodecBatch
 from unicom_dist.models.compressor import Projection
-from unicom_dist.models.segments import PackedBatch, Segment
-
-
-def visible_pairs(segments: Iterable[Segment]) -> int:
-    """Query-key pairs that see each other, summed over the samples (equals `visible(segments).sum()`)."""
-    pairs = 0
-    sample, seen = -1, 0  # `seen`: positions of this sample that later segments see
-    for segment in segments:
-        if segment.sample != sample:
-            sample, seen = segment.sample, 0
-        n = segment.length
-        pairs += n * seen + (n * (n + 1) // 2 if segment.mode == "causal" else n * n)
-        if segment.mode != "noise":
-            seen += n
-    return pairs
-
-
-def layer_weights(config: PriorConfig) -> int:
-    """Weights of the matrices of one backbone layer: queries, keys, values, output and the gated MLP."""
-    head_channels = config.hidden // config.heads
-    attention = 2 * config.hidden * config.heads * head_channels + 2 * config.hidden * config.kv_heads * head_channels
-    return attention + 3 * config.hidden * config.ffn
+from unicom_dist.models.operations import Amounts, transfusion_flops, visible_pairs
+from unicom_dist.models.segments import PackedBatch
 
 
 def prior_flops(
@@ -49,22 +28,23 @@ def prior_flops(
     time_channels: int = 256,
     backbone_frozen: bool = False,
 ) -> int:
-    """Operations of forward and backward over `batch` (this rank's; sum over micro-batches and ranks for a step).
-
-    6 per backbone weight and position (4 when the backbone is frozen: gradients pass through, its weights get none),
-    12 L a c per visible pair, 6 V h per label, and the towers: input projections get no gradient for their input.
-    """
-    h, latents, images = config.hidden, batch.latents.shape[0], batch.features.shape[0]
-    d, channels = batch.latents.shape[1], batch.features.shape[1]
-    per_weight = 4 if backbone_frozen else 6
-    backbone = per_weight * batch.num_positions * config.layers * layer_weights(config)
-    attention = 12 * config.layers * h * visible_pairs(batch.segments)
-    head = per_weight * batch.label_ids.shape[0] * vocab_size * h
-    latent_in = 4 * latents * d * h
-    time_embedding = latents * (4 * time_channels * h + 6 * h * h)
-    connector = images * (4 * channels * h + 6 * h * h)
-    flow_head = 6 * latents * h * d
-    return backbone + attention + head + latent_in + time_embedding + connector + flow_head
+    """Operations of forward and backward over `batch` (this rank's; sum over micro-batches and ranks for a step)."""
+    amounts = Amounts(
+        batch.num_positions,
+        visible_pairs(batch.segments),
+        batch.label_ids.shape[0],
+        batch.latents.shape[0],
+        batch.features.shape[0],
+    )
+    return transfusion_flops(
+        config,
+        amounts,
+        vocabulary=vocab_size,
+        latent_channels=batch.latents.shape[1],
+        feature_channels=batch.features.shape[1],
+        time_channels=time_channels,
+        backbone_frozen=backbone_frozen,
+    )
 
 
 def codec_flops(codec: Codec, batch: CodecBatch) -> int:
