@@ -15,14 +15,15 @@ from torch import Tensor
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config
 from unicom_dist.data.buckets import Buckets
-from unicom_dist.data.conversations import Conversation, Message, Words
+from unicom_dist.data.conversations import Conversation, Message
 from unicom_dist.data.images import Found, Images
 from unicom_dist.data.loader import heldout_conversations
 from unicom_dist.data.pairs import conversation_of, open_set, spread
+from unicom_dist.data.samples import Words
 from unicom_dist.evaluate.heldout import Pair, read_pair, to_unit
 from unicom_dist.evaluate.image_metrics import psnr
 from unicom_dist.evaluate.reconstruction import Distance, reconstruct
-from unicom_dist.evaluate.rows import Row, measure
+from unicom_dist.evaluate.rows import Better, Row, measure
 from unicom_dist.sample.dialogue import Dialogue
 from unicom_dist.sample.drawing import Drawing
 from unicom_dist.sample.grid import picture_grid
@@ -120,12 +121,16 @@ def edit_rows(
 ) -> list[Row]:
     """LPIPS and PSNR of the drawn pictures to the targets."""
     unchanged = reconstruct(pipeline, [edit.references[0] for edit in edits], config)
+    metrics: list[tuple[str, Distance, Better]] = [
+        ("LPIPS (VGG)", lpips_of(lpips), "lower"),
+        ("PSNR (dB)", psnr, "higher"),
+    ]
     rows = []
-    for name, metric, better in (("LPIPS (VGG)", lpips_of(lpips), "lower"), ("PSNR (dB)", psnr, "higher")):
+    for name, metric, better in metrics:
         model, fresh, same = (_each(metric, edits, pictures) for pictures in (drawn, untrained, unchanged))
         trivial = ("reference unchanged", sum(same) / len(same))
         mean = sum(fresh) / len(fresh)
-        rows.append(measure(f"edit: {name}", SPLIT, model, better, None, mean, trivial, NOTE))  # type: ignore[arg-type]
+        rows.append(measure(f"edit: {name}", SPLIT, model, better, None, mean, trivial, NOTE))
     return rows
 
 
