@@ -334,6 +334,16 @@ class JointConfig(Section):
     collapse: Fraction = Field(0.1, description="the run ends when the latents' spread or effective rank falls below this share of what it was; 0 = never")
 
 
+class QueryConfig(Section):
+    """A prior stage that keeps the model as it is and trains queries of it, a connector and a flow decoder (Pathway II)."""
+
+    enabled: bool = Field(False, description="prior: freeze the transformer; learnable queries ask it what a decoder of its own is to draw")
+    queries: PositiveInt = Field(256, description="learnable vectors in the place of the image to be drawn")
+    connector_layers: PositiveInt = Field(6, description="bidirectional layers, as wide as the transformer, between the queries and the decoder; MetaQuery 24, OpenUni 6")
+    decoder_layers: PositiveInt = Field(12, description="layers of the flow decoder")
+    decoder_width: int = Field(768, ge=4, multiple_of=4, description="width of the flow decoder")
+
+
 class SpikeConfig(Section):
     """Steps whose loss or gradients are not finite, or far above what they were."""
 
@@ -371,6 +381,7 @@ class StageConfig(Section):
         "all", description="connector (prior): only the visual connector and heads; decoder (codec): not the compressor, which is that of the joint stage before"
     )
     joint: JointConfig = JointConfig()
+    query: QueryConfig = QueryConfig()
     spike: SpikeConfig = SpikeConfig()
     log_every: PositiveInt = Field(10, description="steps between metric records")
     eval_every: int = Field(0, ge=0, description="steps between held-out losses at fixed t; 0 = only at the end")
@@ -391,6 +402,9 @@ class StageConfig(Section):
             raise Unworkable(f"trainable = {self.trainable}", f"a {self.kind} stage has no such part", f"use it with kind: {only}, or trainable: all")
         if self.joint.enabled and self.kind != "prior":
             raise Unworkable("joint.enabled = true", f"a {self.kind} stage has no backbone to train with", "use it with kind: prior")
+        if self.query.enabled and (self.kind != "prior" or self.joint.enabled or self.trainable != "all"):
+            other = f"kind = {self.kind}" if self.kind != "prior" else "joint.enabled = true" if self.joint.enabled else f"trainable = {self.trainable}"
+            raise Unworkable(f"query.enabled = true with {other}", "it trains queries, connector and flow decoder beside a frozen transformer, nothing else", "use kind: prior, joint.enabled: false and trainable: all")
         if self.warmup > self.steps:
             raise Unworkable(
                 f"warmup = {self.warmup}",
@@ -408,7 +422,11 @@ class SampleConfig(Section):
     guidance: NonNegative = Field(3.0, description="v = v_uncond + guidance (v_cond - v_uncond)")
     decoder_steps: PositiveInt = Field(8, description="solver steps of the decoder; 1 = its one-step estimate of the picture")
     decoder_guidance: NonNegative = Field(1.0, description="v = v_blank + guidance (v - v_blank), v_blank for a black picture's latents; 1 = off. Needs codec.condition_dropout")
-    solver: Literal["euler", "heun"] = Field("euler", description="of the flow ODE; `heun` evaluates twice a step")
+    image_guidance: NonNegative = Field(1.5, description="of edits: v = v_noimages + image_guidance (v - v_noimages), after `guidance`; 1 = off")
+    guidance_interval: tuple[Fraction, Fraction] = Field((0.0, 1.0), description="times lo <= t < hi at which guidance acts; t = 0 is noise")
+    renorm: Literal["none", "global", "channel"] = Field("none", description="guided velocities are not longer than unguided ones: of a picture, or of each of its latents")
+    renorm_min: Fraction = Field(0.0, description="least factor of `renorm`")
+    solver: Literal["euler", "heun", "dpm"] = Field("euler", description="of the flow ODE; `heun` evaluates twice a step, `dpm` is DPM-Solver++(2M)")
     seed: int = Field(0, description="of the noise of the first picture")
 
 
@@ -566,6 +584,26 @@ class Config(Section):
                     "put it after a prior stage with joint.enabled: true, or use trainable: all",
                 )
             joint = stage.name if stage.joint.enabled else joint
+        return self
+
+    @model_validator(mode="after")
+    def _query(self) -> Self:
+        p, begun = self.parallel, ""  # the last query stage so far
+        split = {key: getattr(p, key) for key in ("tp", "pp", "ulysses") if getattr(p, key) > 1}
+        for stage in self.stages:
+            if stage.query.enabled and split:
+                raise Unworkable(
+                    f"stages.{stage.name}.query.enabled = true with " + ", ".join(f"parallel.{key} = {size}" for key, size in split.items()),
+                    "queries, connector and flow decoder are small and trained data-parallel only",
+                    "parallel: {tp: 1, pp: 1, ulysses: 1} with a zero_stage of 0 to 3",
+                )
+            if stage.kind == "prior" and begun and not stage.query.enabled:
+                raise Unworkable(
+                    f"stages.{stage.name}.query.enabled = false after the query stage {begun}",
+                    "it would move the transformer that the queries of that stage ask",
+                    f"enable it here too, or put {stage.name} before {begun}",
+                )
+            begun = stage.name if stage.query.enabled else begun
         return self
 
     def codec_before(self, stage: StageConfig) -> str:

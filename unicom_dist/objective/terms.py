@@ -14,17 +14,22 @@ from torch import Tensor
 from unicom_dist.config.schema import CodecConfig, StageConfig
 from unicom_dist.models.codec import CodecBatch
 from unicom_dist.models.segments import PackedBatch
+from unicom_dist.objective.breakdown import Kinds, flow_averages, text_averages
 from unicom_dist.objective.flow import squared_error
 from unicom_dist.objective.perceptual_loss import PerceptualLoss
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerm:
-    """A weighted loss: `sum` over `count` items of this batch."""
+    """A weighted loss: `sum` over `count` items of this batch.
+
+    `averages` [2, K]: sums and counts of what its items are broken down to, named in `breakdown.NAMES`.
+    """
 
     sum: Tensor
     count: int
     weight: float
+    averages: Tensor | None = None
 
 
 def prior_counts(batch: PackedBatch, z_loss: float = 0.0) -> dict[str, int]:
@@ -33,19 +38,24 @@ def prior_counts(batch: PackedBatch, z_loss: float = 0.0) -> dict[str, int]:
     return counts | ({"z": counts["text"]} if z_loss else {})
 
 
-def prior_terms(outputs: tuple[Tensor, ...], batch: PackedBatch, stage: StageConfig) -> dict[str, LossTerm]:
+def prior_terms(
+    outputs: tuple[Tensor, ...], batch: PackedBatch, stage: StageConfig, kinds: Kinds | None = None
+) -> dict[str, LossTerm]:
     """`text`: cross-entropy per label, nats. `flow`: squared error of the velocity per latent, mean over channels.
 
     `z`, with a `z_loss`: log^2 Z per label. Its gradient comes with that of `text`, whose weight it therefore shares.
-    `outputs` of a `Transfusion`: cross-entropy [Y], velocity [F, d] and, with a `z_loss`, log^2 Z [Y].
+    `outputs` of a `Transfusion`: cross-entropy [Y], velocity [F, d] and, with a `z_loss`, log^2 Z [Y]. `kinds` of the
+    samples: the terms are broken down by them.
     """
     label_losses, velocity = outputs[:2]
     counts = prior_counts(batch, stage.z_loss)
     drawn = batch.flow_index
     error = squared_error(velocity, batch.latents[drawn], batch.noise[drawn])
+    by_text = text_averages(label_losses, batch, kinds) if kinds else None
+    by_flow = flow_averages(error, batch, kinds) if kinds else None
     terms = {
-        "text": LossTerm(label_losses.sum(), counts["text"], stage.lambda_text),
-        "flow": LossTerm(error.sum(), counts["flow"], stage.lambda_flow),
+        "text": LossTerm(label_losses.sum(), counts["text"], stage.lambda_text, by_text),
+        "flow": LossTerm(error.sum(), counts["flow"], stage.lambda_flow, by_flow),
     }
     if stage.z_loss:
         terms["z"] = LossTerm(outputs[2].sum(), counts["z"], stage.lambda_text * stage.z_loss)
@@ -58,7 +68,12 @@ def joint_counts(batch: PackedBatch, z_loss: float = 0.0) -> dict[str, int]:
 
 
 def joint_terms(
-    outputs: tuple[Tensor, ...], batch: PackedBatch, stage: StageConfig, first: bool = True, last: bool = True
+    outputs: tuple[Tensor, ...],
+    batch: PackedBatch,
+    stage: StageConfig,
+    first: bool = True,
+    last: bool = True,
+    kinds: Kinds | None = None,
 ) -> dict[str, LossTerm]:
     """`prior_terms`, and `recon`: squared error of the rebuilt features per latent, mean over channels.
 
@@ -67,7 +82,7 @@ def joint_terms(
     terms: dict[str, LossTerm] = {}
     if last:
         label_losses, velocity, latents, *others = outputs
-        terms = prior_terms((label_losses, velocity, *others), replace(batch, latents=latents), stage)
+        terms = prior_terms((label_losses, velocity, *others), replace(batch, latents=latents), stage, kinds)
     if first:
         terms["recon"] = LossTerm(outputs[-1].sum(), joint_counts(batch)["recon"], stage.joint.lambda_recon)
     return terms

@@ -183,7 +183,7 @@ def check_finite(norm: float) -> None:
         raise NonFiniteError(
             f"gradient norm = {norm}",
             "loss or gradients overflowed; the weights were not touched by this step",
-            "lower lr, raise warmup or set precision: float32; the samples are named in nonfinite-rank-*.json",
+            "lower lr, raise warmup or set precision: float32",
             "docs/training.md",
         )
 

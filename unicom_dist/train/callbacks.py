@@ -29,6 +29,7 @@ from unicom_dist.tracking.metrics import MetricsWriter
 from unicom_dist.tracking.status import write_status
 from unicom_dist.train.alone import alone
 from unicom_dist.train.execution import LossSums
+from unicom_dist.train.heldout_losses import heldout_losses
 
 if TYPE_CHECKING:
     from unicom_dist.train.loop import Run
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STATUS_S = 2.0
-EVALUATED_TOGETHER = 8  # held-out batches that are in the pipeline of a dp coordinate at a time
 PICTURES_SHARE = 0.5  # of the free memory that a copy of the model may take for drawing
 
 
@@ -109,6 +109,15 @@ class Observer:
             self._log(lr, norm)
         elif self._console:
             self._console.update(step)
+        self._losses.keep()
+
+    def step_skipped(self, waited_s: float, step_s: float) -> None:
+        """A step is finished that was not applied: its time counts, its losses do not."""
+        self._losses.drop()
+        self._step_s += step_s
+        self._waited_s += waited_s
+        if self._console:
+            self._console.update(self.run.step)
 
     def between_steps(self) -> None:
         """Evaluation and pictures, where it is time for them; however long they take."""
@@ -134,20 +143,21 @@ class Observer:
                 yardstick = {"mfu_peak_flops_per_s": self._peak.flops_per_s, "mfu_peak_source": self._peak.source}
                 self._metrics.log(self.stage.name, run.step, yardstick, kind="params")
         further = run.task.figures(run.mesh, run.step)
-        sums = self._losses.take(list(self._counts), run.mesh)
+        sums, averages = self._losses.take_all(list(self._counts), run.mesh)
         losses = {name: value / max(self._counts[name], 1) for name, (value, _) in sums.items()}
         if self._metrics and self._console:
             steps = run.step - self._since
             seconds = max(self._step_s, 1e-9)
             values = {"loss/total": sum(value / max(self._counts[name], 1) for name, (_, value) in sums.items())}
             values |= {f"loss/{name}": value for name, value in losses.items() if self._counts[name]}
+            values |= averages
             values |= {"lr": lr, "grad_norm": norm, "step_s": seconds / steps, "data_wait_s": self._waited_s / steps}
             for name in ("tokens", "latents", "images"):
                 if name in self._totals:
                     values[f"{name}_per_s"] = self._totals[name] / seconds
             if self._totals.get("flops") and self._peak:
                 values["mfu"] = self._totals["flops"] / seconds / (self._peak.flops_per_s * run.mesh.world)
-            values |= {**getattr(run.loader, "report", dict)(), **further}
+            values |= {**getattr(run.loader, "report", dict)(), **further, **run.spikes.figures()}
             self._metrics.log(self.stage.name, run.step, values)
             self._console.update(run.step, values)
             self._status()
@@ -166,39 +176,17 @@ class Observer:
             log.warning("the status file could not be written: %s", error)
 
     def _evaluate(self) -> None:
-        """Losses on held-out data with the averaged weights, every dp coordinate taking its share of the batches.
-
-        Collective over the world: every rank runs equally many batches, if need be one of another's.
-        """
-        run, mesh, began = self.run, self.run.mesh, time.perf_counter()
-        every = list(run.task.heldout())
-        if not every:
+        """Losses on held-out data. Collective over the world."""
+        run, began = self.run, time.perf_counter()
+        values = heldout_losses(run)
+        if not values:
             return
-        counts: dict[str, int] = {}
-        for suffix, batch in every:
-            for name, count in run.task.counts(batch).items():
-                counts[name + suffix] = counts.get(name + suffix, 0) + count
-        sums = LossSums()
-        run.engine.module.eval()
-        with run.engine.using(run.ema.buffers):
-            for first in range(0, len(every), mesh.dp.size * EVALUATED_TOGETHER):
-                places = range(first + mesh.dp.rank, first + mesh.dp.size * EVALUATED_TOGETHER, mesh.dp.size)
-                mine = [every[place % len(every)] for place in places if place - mesh.dp.rank < len(every)]
-                terms = run.execution.terms([batch.to(mesh.device) for _, batch in mine])
-                for place, (suffix, _), found in zip(places, mine, terms, strict=False):
-                    if place < len(every):
-                        sums.add({name + suffix: term for name, term in found.items()})
-        run.engine.module.train()
-        pairs = sums.take(list(counts), mesh)
-        # The labels of samples that draw (with a suffix: the time) say little: where the image begins.
-        names = [name for name, count in counts.items() if count and not (name.startswith("text") and "@" in name)]
-        values = {f"loss/{name}": pairs[name][0] / counts[name] for name in names}
-        times = [value for name, value in values.items() if name.startswith("loss/flow@")]
-        if times:
-            values["loss/flow"] = sum(times) / len(times)
         if self._metrics and self._console:
             self._metrics.log(self.stage.name, run.step, values, kind="eval")
-            shown = "  ".join(f"{name.removeprefix('loss/')} {value:.4g}" for name, value in values.items())
+            shown = "  ".join(
+                f"{name.removeprefix('loss/').replace('loss_raw/', 'raw ')} {value:.4g}"
+                for name, value in values.items()
+            )
             self._console.note(f"step {run.step} held out: {shown}  ({time.perf_counter() - began:.1f} s)")
 
     def _averaged(self) -> nn.Module | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unicom_dist.objective.breakdown import NAMES, means
 from unicom_dist.objective.terms import LossTerm, total
 from unicom_dist.parallel.engine import Engine
 from unicom_dist.parallel.mesh import Mesh
@@ -32,22 +33,47 @@ class LossSums:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._averages: dict[str, Tensor] = {}
+        self._kept: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
 
     def add(self, terms: Terms) -> None:
         """Without synchronisation."""
         for name, term in terms.items():
             pair = torch.stack([term.sum.detach().float(), term.sum.detach().float() * term.weight])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            if term.averages is not None:
+                found = self._averages.get(name)
+                self._averages[name] = term.averages if found is None else found + term.averages
+
+    def keep(self) -> None:
+        """A step begins: `drop` goes back to here."""
+        self._kept = dict(self._sums), dict(self._averages)
+
+    def drop(self) -> None:
+        """Forget what came since `keep`."""
+        self._sums, self._averages = (dict(kept) for kept in self._kept)
 
     def take(self, names: Sequence[str], mesh: Mesh) -> dict[str, tuple[float, float]]:
         """(sum, weighted sum) of each term over all ranks, and start anew. Collective over the world."""
+        return self.take_all(names, mesh)[0]
+
+    def take_all(self, names: Sequence[str], mesh: Mesh) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+        """As `take`, and the means their items are broken down to, by name. Collective over the world, once."""
         rows = torch.zeros(len(names), 2, dtype=torch.float64, device=mesh.device)
+        divided = [name for name in names if name in NAMES]
+        further = [torch.zeros(2, len(NAMES[name]), dtype=torch.float64, device=mesh.device) for name in divided]
         if mesh.tp.rank == 0:
             for row, name in zip(rows, names, strict=True):
                 row += self._sums.get(name, 0.0)
+            for table, name in zip(further, divided, strict=True):
+                table += self._averages.get(name, 0.0)
         self._sums.clear()
-        pairs = mesh.everyone.sum(rows).tolist()
-        return {name: (pair[0], pair[1]) for name, pair in zip(names, pairs, strict=True)}
+        self._averages.clear()
+        packed = mesh.everyone.sum(torch.cat([rows.flatten(), *(table.flatten() for table in further)]))
+        first, *tables = torch.split(packed.cpu(), [rows.numel(), *(table.numel() for table in further)])
+        pairs = dict(zip(names, ((pair[0], pair[1]) for pair in first.view(-1, 2).tolist()), strict=True))
+        found = [means(name, table.view(2, -1).tolist()) for name, table in zip(divided, tables, strict=True)]
+        return pairs, {name: value for part in found for name, value in part.items()}
 
 
 class Execution:

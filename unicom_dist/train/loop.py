@@ -1,8 +1,8 @@
 """The training loop of one stage, in the order in which things happen.
 
 A step: read the micro-batches of this dp coordinate; sum the items of every loss term over ranks and micro-batches (one
-all-reduce, which also carries the wish to stop); forward and backward on each; one gradient reduction; clip; AdamW;
-moving average.
+all-reduce, which also carries the wish to stop and the loss of the step before); forward and backward on each; one
+gradient reduction; clip; AdamW; moving average.
 Losses are divided by the global counts, so neither they nor the gradients depend on how the samples were cut. Nothing
 else happens in a step: figures, pictures and checkpoints look in every so many steps.
 """
@@ -24,6 +24,7 @@ from unicom_dist.config.errors import CheckpointError, ConfigError, NonFiniteErr
 from unicom_dist.config.layout import DOCS, refusals
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.prefetch import StepLoader
+from unicom_dist.objective.terms import LossTerm
 from unicom_dist.parallel.deepspeed_config import deepspeed_config
 from unicom_dist.parallel.engine import Engine, OptimizerConfig
 from unicom_dist.parallel.kernels import choose
@@ -36,6 +37,7 @@ from unicom_dist.train.ema import Ema
 from unicom_dist.train.execution import Execution
 from unicom_dist.train.schedule import learning_rate
 from unicom_dist.train.signals import StopRequest
+from unicom_dist.train.spikes import Spikes
 from unicom_dist.train.stages import Task
 from unicom_dist.train.tasks import make_task
 from unicom_dist.train.trained import trained_table
@@ -61,6 +63,9 @@ class Run:
     execution: Execution
     step: int = 0
     begun: int = 0  # the step this process began at
+
+    def __post_init__(self) -> None:
+        self.spikes = Spikes(self.config.run_dir, self.stage, self.mesh)
 
 
 def train_stage(
@@ -115,46 +120,57 @@ def train_step(run: Run, observer: Observer) -> bool:
         waited = time.perf_counter() - began
         run.task.begin_step(run.step)
         run.watchdog.doing("sum of the counts over all ranks")
-        counts, amounts, stopping = count_step(run, batches)
+        counts, amounts, stopping, loss_before = count_step(run, batches)
+        run.spikes.judge(loss_before)
         if run.mesh.device.type != "cpu":
             batches = [batch.to(run.mesh.device) for batch in batches]
-        run.execution.train(batches, counts, observer.add_losses)
+
+        def observe(terms: Mapping[str, LossTerm]) -> None:
+            observer.add_losses(terms)
+            run.spikes.add(terms, counts)
+
+        run.execution.train(batches, counts, observe)
         lr = learning_rate(run.stage, run.step)
         run.watchdog.doing("optimizer step")
+        keys = [batch.keys for batch in batches]
+        norm = None
         try:
             norm = run.engine.step(lr)
-        except NonFiniteError:
-            keep_keys(run, batches)
-            raise
-        run.ema.update()
+            run.spikes.finished(run.step, keys, norm)
+            run.ema.update()
+        except NonFiniteError as error:
+            run.spikes.skip(run.step, keys, error)
         run.task.after_step(run.mesh)
         run.step += 1
         run.watchdog.doing("sum of the losses over all ranks")
-        observer.step_done(counts, amounts, lr, norm, waited, time.perf_counter() - began)
+        if norm is None:
+            observer.step_skipped(waited, time.perf_counter() - began)
+        else:
+            observer.step_done(counts, amounts, lr, norm, waited, time.perf_counter() - began)
     observer.between_steps()
     return stopping
 
 
-def count_step(run: Run, batches: list[Any]) -> tuple[dict[str, int], dict[str, float], bool]:
-    """Items per loss term and amounts of the whole step; whether any rank wants to stop. Collective over the world.
+def count_step(run: Run, batches: list[Any]) -> tuple[dict[str, int], dict[str, float], bool, float]:
+    """Items per loss term and amounts of the whole step; whether any rank wants to stop; the loss of the step before.
 
-    Of the ranks that work on the same batches one counts them.
+    Of the ranks that work on the same batches one counts them. Collective over the world.
     """
     counts: dict[str, float] = {}
     amounts: dict[str, float] = {}
     for batch in batches:
         add_up(counts, run.task.counts(batch))
         add_up(amounts, run.task.amounts(batch))
-    stop = run.stop.requested
+    stop, loss = run.stop.requested, run.spikes.take_loss()
     if run.mesh.world > 1:
         share = float(run.mesh.model.rank == 0)
         vector = [share * value for value in (*counts.values(), *amounts.values())]
-        summed = torch.tensor([*vector, float(stop)], dtype=torch.float64, device=run.mesh.device)
+        summed = torch.tensor([*vector, loss, float(stop)], dtype=torch.float64, device=run.mesh.device)
         values = run.mesh.everyone.sum(summed).tolist()
         counts = dict(zip(counts, values, strict=False))
         amounts = dict(zip(amounts, values[len(counts) :], strict=False))
-        stop = values[-1] > 0
-    return {name: int(value) for name, value in counts.items()}, amounts, stop
+        loss, stop = values[-2], values[-1] > 0
+    return {name: int(value) for name, value in counts.items()}, amounts, stop, loss
 
 
 def add_up(totals: dict[str, float], values: Mapping[str, float]) -> None:
@@ -268,16 +284,6 @@ def resume(run: Run, checkpoint: Path) -> None:
         torch.set_rng_state(rng)
     run.step = run.begun = int(extra["step"])
     log.info("stage %s continues from %s", run.stage.name, checkpoint)
-
-
-def keep_keys(run: Run, batches: list[Any]) -> None:
-    """Write down which samples were in a step that went wrong."""
-    path = Path(run.config.run_dir) / f"nonfinite-rank-{run.mesh.rank:05d}.json"
-    content = {"stage": run.stage.name, "step": run.step, "keys": [batch.keys for batch in batches]}
-    try:
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    except OSError as error:
-        log.warning("%s could not be written: %s", path, error)
 
 
 def check_ranks(config: Config, world: int) -> None:
