@@ -37,16 +37,19 @@ class JobProgress:
         """Units per second since the job began."""
         return (self.done - self._start) / max(time.monotonic() - self._began, 1e-9)
 
+    def _rate(self) -> str:
+        return f"{self.rate:.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
+
     def update(self, done: int) -> None:
         """Tell how many units are done in all."""
         self.done = done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=f"{self.rate:.0f} {self.unit}/s")
+            self._bar.update(self._task, completed=done, rate=f"{self._rate()} {self.unit}/s")
         elif time.monotonic() - self._said >= LINE_EVERY_S:
             self._said = time.monotonic()
             left = (self.total - done) / self.rate if self.rate > 0 else float("inf")
             eta = f"{left:.0f} s left" if left < 1e6 else "no estimate yet"
-            log.info("%s: %d/%d %s, %.0f/s, %s", self.title, done, self.total, self.unit, self.rate, eta)
+            log.info("%s: %d/%d %s, %s/s, %s", self.title, done, self.total, self.unit, self._rate(), eta)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
