@@ -150,8 +150,8 @@ def test_numbers_that_are_not_finite_name_the_samples_and_leave_the_checkpoint(t
     )
     with pytest.raises(NonFiniteError):
         run(config, write_stats, only="codec")
-    kept = json.loads((Path(config.run_dir) / "nonfinite-rank-00000.json").read_text())
-    assert kept["stage"] == "codec"
+    kept = json.loads((Path(config.run_dir) / "logs" / "spikes-rank-00000.jsonl").read_text())
+    assert (kept["stage"], kept["kind"]) == ("codec", "nonfinite")
     assert len(kept["keys"][0]) == config.stage("codec").batch
     assert all(key.startswith("train-") for key in kept["keys"][0])
     found = latest(Path(config.run_dir) / "checkpoints" / "codec")

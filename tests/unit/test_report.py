@@ -126,6 +126,22 @@ def test_runs_are_overlaid_in_common_charts(tmp_path: Path) -> None:
     assert charts == ["one, training, one, held-out, two, training, two, held-out over steps"] * 2
 
 
+def test_losses_taken_apart_share_a_chart_and_raw_weights_stand_beside_the_averaged(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with MetricsWriter(folder) as writer:
+        for step in (1, 2, 3):
+            parts = {f"loss_by_ratio/flow/{name}": 1.0 / step for name in ("1:1", "3:2", "1:4")}
+            writer.log("pretrain", step, {**parts, "loss_by_latents/flow/256": 0.5})
+        writer.log("pretrain", 60, {"loss_raw/flow": 0.07, "loss_raw/flow@0.1": 0.3}, kind="eval")
+    html = report.run([folder]).read_text()
+    Page(html)
+    assert re.findall(r'aria-label="(flow loss by [^"]*)"', html) == ["flow loss by ratio: 1:4, 1:1, 3:2 over steps"]
+    flow = re.findall(r'aria-label="flow loss: ([^"]*)"', html)
+    assert flow == ["training, held-out over steps", "training, held-out, held-out, not averaged over steps"]
+    assert "loss_raw" not in html
+    assert 'aria-label="raw' not in html
+
+
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     write_status(tmp_path / "a", "running")
     Page(report.run([tmp_path / "a"]).read_text())

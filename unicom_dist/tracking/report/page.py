@@ -15,6 +15,7 @@ from unicom_dist.tracking.report.pictures import captions, pictures
 
 REPORT_FILE = "report.html"
 TRAIN, HELD_OUT = "#3465a4", "#c4601d"
+RAW, RAW_COLOR = "loss_raw/", "#8b4fa8"  # held-out losses of the weights as they are
 COLORS = ("#3465a4", "#c4601d", "#2e8540", "#8b4fa8", "#b3344d", "#5f6b7a", "#0f8f8f", "#8a6d1b")
 _NAMES = {
     "loss/total": "total loss", "loss/text": "text loss", "loss/flow": "flow loss",
@@ -119,10 +120,16 @@ def curves(runs: list[Run]) -> Markup | None:
     blocks: list[Child] = [_legend(runs)]
     for stage in stages:
         names = dict.fromkeys(n for run in runs if stage in run.stages for n in run.stages[stage].curves)
-        ordered = sorted((name for name in names if "@" not in name), key=_rank)
+        alone = [name for name in names if "@" not in name and not name.startswith(("loss_by_", RAW))]
+        ordered = sorted(alone, key=_rank)
         front = [_chart(runs, stage, name) for name in ordered if name not in _BEHIND]
         front += [
-            _fixed_times(runs, stage, name) for name in dict.fromkeys(n.partition("@")[0] for n in names if "@" in n)
+            _fixed_times(runs, stage, name)
+            for name in dict.fromkeys(n.partition("@")[0] for n in names if "@" in n and not n.startswith(RAW))
+        ]
+        front += [
+            _family(runs, stage, name)
+            for name in sorted({n.rpartition("/")[0] for n in names if n.startswith("loss_by_")})
         ]
         behind = [_chart(runs, stage, name) for name in ordered if name in _BEHIND]
         charts = [[c for c in group if c] for group in (front, behind)]
@@ -157,6 +164,8 @@ def _chart(runs: list[Run], stage: str, name: str) -> Markup | None:
         colors = (COLORS[index % len(COLORS)],) * 2 if len(runs) > 1 else (TRAIN, HELD_OUT)
         lines.append(Line(f"{prefix}training", curve.train, colors[0], exact=name == "lr"))
         lines.append(Line(f"{prefix}held-out", curve.heldout, colors[1], dots=True))
+        raw = _curve(run, stage, name.replace("loss/", RAW)).heldout if name.startswith("loss/") else []
+        lines.append(Line(f"{prefix}held-out, not averaged", raw, RAW_COLOR, dots=True))
     return chart(_title(name), lines, _UNITS.get(name, ""), may_be_log=name.startswith("loss/") or name == "grad_norm")
 
 
@@ -172,6 +181,30 @@ def _fixed_times(runs: list[Run], stage: str, name: str) -> Markup | None:
             prefix = f"{run.name} " if len(runs) > 1 else ""
             lines.append(Line(f"{prefix}{t}", curve.heldout or curve.train, color, dots=True))
     return chart(f"{_title(name)} at t", lines, labels=len(runs) == 1)
+
+
+def _family(runs: list[Run], stage: str, family: str) -> Markup | None:
+    """One chart of the members of `loss_by_KIND/TERM`; None where there is a single one."""
+    lines, several = [], False
+    for index, run in enumerate(runs):
+        found = run.stages[stage].curves if stage in run.stages else {}
+        members = sorted((name for name in found if name.rpartition("/")[0] == family), key=_magnitude)
+        several |= len(members) > 1
+        for number_, name in enumerate(members):
+            color = COLORS[(index if len(runs) > 1 else number_) % len(COLORS)]
+            prefix = f"{run.name} " if len(runs) > 1 else ""
+            lines.append(Line(f"{prefix}{name.rpartition('/')[2]}", found[name].train, color))
+    kind, _, term = family.removeprefix("loss_by_").partition("/")
+    return chart(f"{_title(f'loss/{term}')} by {kind}", lines, labels=len(runs) == 1) if several else None
+
+
+def _magnitude(name: str) -> tuple[float, str]:
+    """Members by what they stand for: "…/0.2-0.4", "…/3:2", "…/256"; tasks by name."""
+    over, _, under = name.rpartition("/")[2].partition("-")[0].partition(":")
+    try:
+        return float(over) / float(under or 1), name
+    except ValueError:
+        return 0.0, name
 
 
 def shade(share: float) -> str:
