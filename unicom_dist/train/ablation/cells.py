@@ -20,7 +20,7 @@ from unicom_dist.train.pipeline import finished
 
 DOCS = "docs/ablation.md"
 ORIGIN = "unicom ablate"
-DECISIVE = ("seed", "data", "encoder", "codec", "prior", "stages")  # sections that change what is trained
+DECISIVE = ("seed", "data.path", "data.augmented_views", "encoder", "codec", "stages")  # these change what is trained
 OBSERVING = ("log_every", "eval_every", "sample_every", "checkpoint_every")  # keys of a stage that do not
 
 
@@ -112,8 +112,8 @@ def check_settings(cell: Cell) -> None:
     if not (cell.folder / "config.yaml").is_file():
         return
     for change in diff(load_recipe(cell.folder).config, cell.config):
-        section, _, key = change.key.partition(".")
-        if section in DECISIVE and key.rpartition(".")[2] not in OBSERVING:
+        decisive = any(change.key == key or change.key.startswith(f"{key}.") for key in DECISIVE)
+        if decisive and change.key.rpartition(".")[2] not in OBSERVING:
             raise ConfigError(
                 f"{cell.folder} was begun with {change.key} = {change.left}, the recipe now says {change.right}",
                 "variants can be compared only when all were trained alike",
