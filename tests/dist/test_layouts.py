@@ -24,11 +24,11 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(1600)]
 RELATIVE, LOOSE = 1e-5, 0.15  # in float32; in bfloat16, which keeps 8 bits
 
 
-def case(world: int, *, trainable: str = "all", merge: int = 1, joint: bool = False, **axes):
+def case(world: int, *, trainable: str = "all", merge: int = 1, joint: bool = False, options: bool = False, **axes):
     """A case on `world` ranks; dp takes what the axes leave."""
     tied, precision = axes.pop("tied", False), axes.pop("precision", "float32")
     layout = Layout(**axes)
-    return Case(replace(layout, dp=world // layout.world), tied, precision, trainable, merge, joint)
+    return Case(replace(layout, dp=world // layout.world), tied, precision, trainable, merge, joint, options)
 
 
 SP = {"sequence_parallel": True}
@@ -65,6 +65,12 @@ FOUR = {
     ),
     "joint ulysses2 tp2 sp z2": case(4, ulysses=2, tp=2, **SP, zero_stage=2, joint=True),
     "joint pp2 tp2 sp z3": case(4, pp=2, tp=2, **SP, zero_stage=3, joint=True),
+    "options pp2 tp2 sp z3": case(4, pp=2, tp=2, **SP, zero_stage=3, options=True),
+    "options tp4 z0, more ranks than key-value heads": case(4, tp=4, options=True),
+    "options ulysses2 tp2 sp z2 recompute selective": case(
+        4, ulysses=2, tp=2, **SP, zero_stage=2, recompute="selective", options=True
+    ),
+    "options joint ulysses2 dp2 z0": case(4, ulysses=2, joint=True, options=True),
     "joint pp2 dp2 interleaved z1": case(4, pp=2, **INTERLEAVED, zero_stage=1, joint=True),
     "bf16 dp4 z0": case(4, precision="bfloat16"),
     "bf16 pp2 tp2 sp z3": case(4, pp=2, tp=2, **SP, zero_stage=3, precision="bfloat16"),
@@ -126,27 +132,29 @@ def eight():
 
 @pytest.fixture(scope="module")
 def alone():
-    """By hand, in this process, by (tied, trainable, joint)."""
+    """By hand, in this process, by (tied, trainable, joint, options)."""
     torch.set_num_threads(1)
     return {
-        (tied, trainable, joint): by_hand(Case(tied=tied, trainable=trainable, joint=joint))
-        for tied, trainable, joint in [
-            (False, "all", False),
-            (True, "all", False),
-            (False, "connector", False),
-            (False, "all", True),
+        (tied, trainable, joint, options): by_hand(Case(tied=tied, trainable=trainable, joint=joint, options=options))
+        for tied, trainable, joint, options in [
+            (False, "all", False, False),
+            (True, "all", False, False),
+            (False, "connector", False, False),
+            (False, "all", True, False),
+            (False, "all", False, True),
+            (False, "all", True, True),
         ]
     }
 
 
 def check(
-    name: str, given: Case, ranks: list[dict[str, Outcome | str]], alone: dict[tuple[bool, str, bool], Outcome]
+    name: str, given: Case, ranks: list[dict[str, Outcome | str]], alone: dict[tuple[bool, str, bool, bool], Outcome]
 ) -> None:
     for number, rank in enumerate(ranks):
         trouble = rank.get(name, "a case before this one failed")
         if isinstance(trouble, str):
             pytest.fail(f"rank {number}: {trouble}")
-    expected, got = alone[given.tied, given.trainable, given.joint], ranks[0][name]
+    expected, got = alone[given.tied, given.trainable, given.joint, given.options], ranks[0][name]
     assert isinstance(got, Outcome)
     limit = RELATIVE if given.precision == "float32" else LOOSE
     found = differences(got, expected)
@@ -168,9 +176,12 @@ def test_eight_ranks_train_as_one_process(name, eight, alone):
     check(name, EIGHT[name], eight, alone)
 
 
-@pytest.mark.parametrize(("merge", "joint"), [(1, False), (2, False), (8, False), (1, True)])
-def test_one_process_with_the_trainers_step_is_the_one_written_by_hand(merge, joint, alone):
+@pytest.mark.parametrize(
+    ("merge", "joint", "options"),
+    [(1, False, False), (2, False, False), (8, False, False), (1, True, False), (2, False, True), (1, True, True)],
+)
+def test_one_process_with_the_trainers_step_is_the_one_written_by_hand(merge, joint, options, alone):
     """Also: how a step is cut into micro-batches changes nothing."""
-    got = train(Case(merge=merge, joint=joint), Mesh(0, 1, torch.device("cpu")))
-    found = differences(got, alone[False, "all", joint])
+    got = train(Case(merge=merge, joint=joint, options=options), Mesh(0, 1, torch.device("cpu")))
+    found = differences(got, alone[False, "all", joint, options])
     assert all(value <= RELATIVE for value in found.values()), found

@@ -73,15 +73,17 @@ class Case:
     trainable: str = "all"
     merge: int = 1  # pieces per micro-batch
     joint: bool = False  # with the compressor
+    options: bool = False  # two-dimensional positions, time tokens, norms of queries and keys, z-loss
 
     @property
     def config(self) -> Config:
         """One prior stage; nothing in it is read from disk."""
-        prior = PRIOR.model_copy(update={"tie_embeddings": self.tied})
+        others = {"positions": "rope2d", "time_injection": "token", "qk_norm": True} if self.options else {}
+        prior = PRIOR.model_copy(update={"tie_embeddings": self.tied, **others})
         stage = StageConfig.model_validate(
             {"name": "prior", "kind": "prior", "steps": STEPS, "batch": PIECES, "lr": 1e-2, "warmup": 2, "clip": 0.3}
             | {"eps": 1e-5, "weight_decay": 0.1, "ema": 0.5, "precision": self.precision, "trainable": self.trainable}
-            | {"joint": {"enabled": self.joint, "momentum": 0.3}}
+            | {"joint": {"enabled": self.joint, "momentum": 0.3}, "z_loss": 0.1 * self.options}
         )
         codec = CodecConfig(compressor=COMPRESSOR)
         return Config(name="layouts", run_dir=".", codec=codec, prior=prior, stages=[stage])
@@ -114,9 +116,10 @@ def source(piece: Piece) -> Tensor:
     return piece.of(0.3 * drawn / piece.shape[1] ** 0.5 * (4 if "embed" in piece.name else 1))
 
 
-def piece_of(step: int, number: int) -> PackedBatch:
+def piece_of(step: int, number: int, options: bool = False) -> PackedBatch:
     """One piece of a step, of random content that depends on nothing else."""
-    return tiny_batch(SAMPLES[number], VOCABULARY, LATENT, FEATURE, seed=100 * step + number)
+    seed = 100 * step + number
+    return tiny_batch(SAMPLES[number], VOCABULARY, LATENT, FEATURE, seed, rope2d=options, time_token=options)
 
 
 def with_features(piece: PackedBatch, step: int, number: int) -> PackedBatch:
@@ -132,9 +135,9 @@ def merged(pieces: Sequence[PackedBatch]) -> PackedBatch:
         positions, samples = first.num_positions, len(first.keys)
         values: dict[str, Any] = {}
         rows = ("rope_positions", "token_ids", "label_ids", "latents", "noise", "t", "latent_grid", "features")
-        for name in (*rows, "feature_grid", "target_features"):
+        for name in (*rows, "feature_grid", "target_features", "times"):
             values[name] = torch.cat([getattr(first, name), getattr(piece, name)])
-        for name in ("token_index", "label_index", "latent_index", "feature_index"):
+        for name in ("token_index", "label_index", "latent_index", "feature_index", "time_index"):
             values[name] = torch.cat([getattr(first, name), getattr(piece, name) + positions])
         values["flow_index"] = torch.cat([first.flow_index, piece.flow_index + first.latents.shape[0]])
         for name in ("label_sample", "latent_sample"):
@@ -180,11 +183,11 @@ class Pieces:
     def __init__(self, case: Case, mesh: Mesh) -> None:
         share = PIECES // mesh.dp.size
         self._numbers = range(mesh.dp.rank * share, (mesh.dp.rank + 1) * share)
-        self._merge, self._step, self._joint = case.merge, 0, case.joint
+        self._merge, self._step, self._joint, self._options = case.merge, 0, case.joint, case.options
 
     def next_step(self) -> list[PackedBatch]:
         """The next step's."""
-        pieces = [piece_of(self._step, number) for number in self._numbers]
+        pieces = [piece_of(self._step, number, self._options) for number in self._numbers]
         if self._joint:
             pieces = [with_features(piece, self._step, n) for n, piece in zip(self._numbers, pieces, strict=True)]
         self._step += 1
@@ -264,6 +267,7 @@ def by_hand(case: Case) -> Outcome:
         terms_of, counts_of = joint_terms, joint_counts
     fill(model, source)
     model.train_only(case.trainable)  # type: ignore[arg-type]
+    model.backbone.lm_head.z_loss = stage.z_loss
     matrices, vectors, _ = decay_groups(model)
     groups = [{"params": [p for _, p in named]} for named in (matrices, vectors)]
     groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]
@@ -276,7 +280,7 @@ def by_hand(case: Case) -> Outcome:
     steps = Pieces(case.like, alone)
     for step in range(STEPS):
         (batch,) = steps.next_step()
-        terms, counts = terms_of(model(batch), batch, stage), counts_of(batch)
+        terms, counts = terms_of(model(batch), batch, stage), counts_of(batch, stage.z_loss)
         loss = total(terms, counts)
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
