@@ -9,12 +9,14 @@ import typer
 from unicom_dist import __version__
 from unicom_dist.cli import (
     ablate,
+    chat,
     config,
     convert,
     data,
     doctor,
     evaluate,
     features,
+    generate,
     latents,
     plan,
     report,
@@ -39,6 +41,8 @@ app.add_typer(latents.app, name="latents")
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(ablate.app, name="ablate")
 app.command("report")(report.report)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,8 @@ Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A run directory
 def sample(
     checkpoint: Checkpoint,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Describe this image; may be repeated.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Describe or edit this image; may be repeated.")] = None,
+    edit: Annotated[str, typer.Option(help="What to draw about the --image, or about several together.")] = "",
     reconstruct: Annotated[
         str, typer.Option(help="Encode and decode the images below a folder, in its tars, or of the set `heldout`.")
     ] = "",
@@ -31,7 +32,15 @@ def sample(
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture.", show_default="the recipe's")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.", show_default="the recipe's")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="1 = none.", show_default="the recipe's")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
+    image_guidance: Annotated[
+        float | None, typer.Option(min=0, help="Of edits, away from drawing without the images; 1 = none.")
+    ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LO HI", help="Times between which guidance acts.")
+    ] = None,
+    renorm: Annotated[str | None, typer.Option(help="Of guided velocities: none, global, channel.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun or dpm.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures per prompt, of seeds that count up.")] = 1,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Most images reconstructed.", show_default="all of a folder, else 8")
     ] = None,
@@ -40,7 +49,7 @@ def sample(
     stage: Annotated[str, typer.Option(help="A prior stage other than the last finished one.")] = "",
 ) -> None:
     """Draw the prompts, describe images, reconstruct images; with neither given, what the run's recipe names."""
-    config = _recipe(checkpoint)
+    config = recipe_of(checkpoint)
     everything = not (prompts or image or reconstruct)
     if everything and config is None:
         raise ConfigError(
@@ -49,9 +58,20 @@ def sample(
             f'write for example `unicom sample {checkpoint} "red apple"`',
             DOCS,
         )
-    settings = _settings(config, seed, steps, guidance)
+    settings = settings_of(
+        config,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        image_guidance=image_guidance,
+        guidance_interval=guidance_interval,
+        renorm=renorm,
+        solver=solver,
+    )
+    if edit and not image:
+        raise ConfigError("nothing to edit", "--edit is about one --image or several", "add --image PATH", DOCS)
     folder = out or Path(checkpoint) / "pictures"
-    given = [_open(path) for path in image or []]
+    given = [open_picture(path) for path in image or []]
     if reconstruct and (reconstruct != "heldout" or config is None):
         with logged():
             _reconstruct_folder(checkpoint, reconstruct, out, settings, batch, workers, limit or 0)
@@ -70,54 +90,82 @@ def sample(
             _draw(pipeline, prompts, count, settings, folder)
         if reconstruct == "heldout" and config is not None:
             _reconstruct(pipeline, *_held_out(config, limit or 8), settings, folder)
-        if given:
+        if edit:
+            _edit(pipeline, edit, given, count, settings, folder)
+        elif given:
             _describe(pipeline, given, [str(path) for path in image or []])
 
 
-def _recipe(checkpoint: str) -> "Config | None":
+def recipe_of(checkpoint: str) -> "Config | None":
     """The recipe of a run directory; None for a model folder."""
     from unicom_dist.config.load import load_recipe
 
     return load_recipe(checkpoint).config if (Path(checkpoint) / "config.yaml").is_file() else None
 
 
-def _settings(config: "Config | None", seed: int | None, steps: int | None, guidance: float | None) -> "SampleConfig":
+def settings_of(config: "Config | None", **given: Any) -> "SampleConfig":
+    """The recipe's `sample` section, or the defaults, with what was given in place. ConfigError."""
+    from pydantic import ValidationError
+
     from unicom_dist.config.schema import SampleConfig
 
-    given = {"seed": seed, "steps": steps, "guidance": guidance}
     base = config.sample if config is not None else SampleConfig()
-    return base.model_copy(update={key: value for key, value in given.items() if value is not None})
+    chosen = {key: value for key, value in given.items() if value is not None}
+    try:
+        return SampleConfig.model_validate({**base.model_dump(), **chosen})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-") if first["loc"] else "settings"
+        raise ConfigError(f"--{name}: {first['msg']}", "", "`unicom sample --help` says what it takes", DOCS) from None
 
 
 def _draw(
     pipeline: "UniComPipeline", prompts: Sequence[str], count: int, settings: "SampleConfig", folder: Path
 ) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
+    from unicom_dist.sample.drawing import Drawing
     from unicom_dist.sample.grid import picture_grid
 
     wanted = [(prompt, settings.seed + number) for prompt in prompts for number in range(count)]
-    pictures = pipeline(
-        [prompt for prompt, _ in wanted],
-        seeds=[seed for _, seed in wanted],
-        steps=settings.steps,
-        guidance=settings.guidance,
-        solver=settings.solver,
-        decoder_steps=settings.decoder_steps,
-        decoder_guidance=settings.decoder_guidance,
-    )
+    asked = [pipeline.asking(prompt) for prompt, _ in wanted]
+    pictures = pipeline.draw(asked, [seed for _, seed in wanted], Drawing.of(settings))
     folder.mkdir(parents=True, exist_ok=True)
     for number, ((prompt, seed), picture) in enumerate(zip(wanted, pictures, strict=True)):
-        facts = PngInfo()
-        facts.add_itxt("prompt", prompt)
-        facts.add_text("seed", str(seed))
-        path = folder / f"{number:03d}-{_slug(prompt)}.png"
-        picture.save(path, pnginfo=facts)
-        say(f"{prompt} (seed {seed}): {path}")
+        _save(picture, folder / f"{number:03d}-{_slug(prompt)}.png", prompt, seed)
     if len(pictures) > 1:
         labels = [prompt if count == 1 else f"{prompt} ({seed})" for prompt, seed in wanted]
         picture_grid(pictures, labels).save(folder / "grid.png")
         say(f"all of them: {folder / 'grid.png'}")
+
+
+def _edit(
+    pipeline: "UniComPipeline",
+    instruction: str,
+    images: "Sequence[Image]",
+    count: int,
+    settings: "SampleConfig",
+    folder: Path,
+) -> None:
+    from unicom_dist.sample.drawing import Drawing
+    from unicom_dist.sample.grid import picture_grid
+
+    seeds = [settings.seed + number for number in range(count)]
+    pictures = pipeline.draw([pipeline.asking(instruction, images)] * count, seeds, Drawing.of(settings))
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (seed, picture) in enumerate(zip(seeds, pictures, strict=True)):
+        _save(picture, folder / f"edit-{number:03d}-{_slug(instruction)}.png", instruction, seed)
+    labels = [*["given"] * len(images), *(f"{instruction} ({seed})" for seed in seeds)]
+    picture_grid([*images, *pictures], labels).save(folder / "edit.png")
+    say(f"beside what was given: {folder / 'edit.png'}")
+
+
+def _save(picture: "Image", path: Path, prompt: str, seed: int) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    facts = PngInfo()
+    facts.add_itxt("prompt", prompt)
+    facts.add_text("seed", str(seed))
+    picture.save(path, pnginfo=facts)
+    say(f"{prompt} (seed {seed}): {path}")
 
 
 def _reconstruct_folder(
@@ -165,7 +213,8 @@ def _held_out(config: "Config", count: int) -> "tuple[list[Image], list[str]]":
     return overview.preview(config.data.path, "heldout", count)
 
 
-def _open(path: Path) -> "Image":
+def open_picture(path: Path) -> "Image":
+    """The picture in a file. DataError."""
     from unicom_dist.data.decode import decode_image
 
     try:

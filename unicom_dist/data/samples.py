@@ -222,8 +222,10 @@ class Layouts:
         before = Text((*self._user, self._vision_start))
         return self.lay_out("image_to_text", [before, Picture(grid, uses), Text(prompt), Text(reply, learned=True)])
 
-    def conversation(self, task: Task, turns: Sequence[Turn], goes_on: bool = False) -> Layout:
-        """Turns of a conversation. `goes_on`: it ends where the assistant has to speak next."""
+    def conversation(
+        self, task: Task, turns: Sequence[Turn], goes_on: bool = False, reply: Sequence[Text | Picture] = ()
+    ) -> Layout:
+        """Turns of a conversation. `goes_on`: it ends where the assistant speaks next, after its `reply` so far."""
         pieces: list[Text | Picture] = []
         for turn in turns:
             said = turn.role == "assistant"
@@ -231,7 +233,7 @@ class Layouts:
             pieces += self._parts(turn.parts, learned=said)
             pieces += [Text((self._end,), learned=said), Text(tuple(self._newline))]
         if goes_on:
-            pieces.append(Text(tuple(self._assistant[1 + len(self._newline) :])))
+            pieces += [Text(tuple(self._assistant[1 + len(self._newline) :])), *reply]
         return self.lay_out(task, pieces)
 
     def document(self, task: Task, parts: Sequence[Part]) -> Layout:

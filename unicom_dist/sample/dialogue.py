@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
-import numpy as np
 from torch import Tensor
 
 from unicom_dist.config.errors import ConfigError
@@ -18,7 +17,6 @@ from unicom_dist.data.samples import (
     READING,
     Arrays,
     Content,
-    Layout,
     Layouts,
     Part,
     Picture,
@@ -70,6 +68,17 @@ class Dialogue:
             conversation = conversation.without(text=branch == "no text", images=branch == "no image")
         return replace(self, messages=conversation.messages)
 
+    def image(self, key: str) -> Seen:
+        """An image that is shown. ConfigError: it was not given."""
+        if key not in self.images:
+            raise ConfigError(
+                f"the conversation shows an image {key!r} that was not given",
+                f"given: {', '.join(map(repr, self.images)) or 'none'}",
+                "give it with the conversation",
+                DOCS,
+            )
+        return self.images[key]
+
     def content(self, layouts: Layouts, understanding: str, draws: bool = False) -> Content:
         """What the model reads before it goes on; `draws`: it begins an image. `understanding`: prior.understanding.
 
@@ -78,14 +87,7 @@ class Dialogue:
         shown: list[tuple[Seen, Use]] = []
 
         def picture(key: str, uses: tuple[Use, ...]) -> Picture:
-            if key not in self.images:
-                raise ConfigError(
-                    f"the conversation shows an image {key!r} that was not given",
-                    f"given: {', '.join(map(repr, self.images)) or 'none'}",
-                    "give it with the conversation",
-                    DOCS,
-                )
-            seen = self.images[key]
+            seen = self.image(key)
             shown.extend((seen, use) for use in uses)
             return Picture(seen.grid if "read" in uses else seen.latent_grid, uses, len(shown) - 1)
 
@@ -96,7 +98,6 @@ class Dialogue:
 
         roles = {role: role for role in get_args(Role)}
         turns = [Turn(roles[message.role], laid(number, message)) for number, message in enumerate(self.messages)]
-        layout = layouts.conversation("interleaved", turns, goes_on=True)
         control = layouts.vocabulary.control
         begin, end = Text((control["<|vision_start|>"],)), Text((control["<|vision_end|>"],))
         pieces: list[Text | Picture] = []
@@ -107,11 +108,8 @@ class Dialogue:
             else:
                 pieces.append(Text(tuple(part)))
         pieces += [begin] * draws
-        return Content(
-            "",
-            joined(layout, layouts.lay_out("interleaved", pieces)),
-            [_arrays(seen, use, understanding) for seen, use in shown],
-        )
+        layout = layouts.conversation("interleaved", turns, goes_on=True, reply=pieces)
+        return Content("", layout, [_arrays(seen, use, understanding) for seen, use in shown])
 
     def _drawn_after(self, number: int, draws: bool) -> bool:
         reply = next((message for message in self.messages[number + 1 :] if message.role == "assistant"), None)
@@ -130,23 +128,3 @@ def _arrays(seen: Seen, use: Use, understanding: str) -> Arrays:
             DOCS,
         )
     return Arrays(beside(seen.features, seen.latents) if understanding == "dim_concat" else seen.features)
-
-
-def joined(first: Layout, then: Layout) -> Layout:
-    """Two layouts as one: the second goes on where the first ends."""
-    start, turn = first.length, first.rope[-1] + 1 if first.length else 0
-    segments = [*first.segments]
-    for mode, length in then.segments:
-        if segments and segments[-1][0] == mode == "causal":
-            length += segments.pop()[1]
-        segments.append((mode, length))
-    return Layout(
-        first.task,
-        tuple(segments),
-        np.concatenate([first.tokens, then.tokens]),
-        np.concatenate([first.token_index, then.token_index + start]),
-        np.concatenate([first.label_index, then.label_index + start]),
-        np.concatenate([first.label_ids, then.label_ids]),
-        np.concatenate([first.rope, then.rope + turn]),
-        (*first.images, *(replace(image, start=image.start + start) for image in then.images)),
-    )

@@ -45,7 +45,9 @@ class Drawing:
         """As the recipe's `sample` section says."""
         return cls(
             config.steps,
-            Guidance(config.guidance),
+            Guidance(
+                config.guidance, config.image_guidance, config.guidance_interval, config.renorm, config.renorm_min
+            ),
             config.solver,
             (),
             config.decoder_steps,

@@ -6,7 +6,7 @@ batch.
 Shapes: P pictures, n latents of d channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from unicom_dist.sample.export import text_files, write_index
 from unicom_dist.sample.guidance import Guidance, Renorm
 from unicom_dist.sample.loading import LoadedPrior, check_pair, default_grid, find_parts, load_codec, load_prior
 from unicom_dist.sample.pictures import DOCS, Input, Latents, PictureCodec, features_tensor, seeds_for
+from unicom_dist.sample.replies import Drawn, Writing, reply
 from unicom_dist.sample.solver import Solver
 from unicom_dist.sample.writing import Chooser
 
@@ -140,7 +141,7 @@ class UniComPipeline(PictureCodec):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         scales = Guidance(guidance, 1.0, guidance_interval, renorm, renorm_min)
         how = Drawing(steps, scales, solver, times, decoder_steps, decoder_guidance)
-        return self.draw([self._asking(prompt) for prompt in prompts], seeds, how, grid)
+        return self.draw([self.asking(prompt) for prompt in prompts], seeds, how, grid)
 
     def edit(
         self,
@@ -171,7 +172,7 @@ class UniComPipeline(PictureCodec):
             raise ConfigError("no image to edit", "an edit has one or several references", "give an image", DOCS)
         scales = Guidance(guidance, image_guidance, guidance_interval, renorm, renorm_min)
         how = Drawing(steps, scales, solver, times, decoder_steps, decoder_guidance)
-        return self.draw([self._asking(instruction, given)], seeds, how, grid)[0]
+        return self.draw([self.asking(instruction, given)], seeds, how, grid)[0]
 
     def draw(
         self,
@@ -181,7 +182,7 @@ class UniComPipeline(PictureCodec):
         grid: tuple[int, int] | None = None,
     ) -> list[Image.Image]:
         """A picture after each dialogue."""
-        latents = self._draw(dialogues, seeds_for(seeds, len(dialogues)), how, grid)
+        latents = self.draw_dialogues(dialogues, seeds, how, grid)
         return self.decode(latents, seeds, how.decoder_steps, how.solver, guidance=how.decoder_guidance)
 
     def draw_latents(
@@ -195,7 +196,32 @@ class UniComPipeline(PictureCodec):
     ) -> list[Latents]:
         """The first half of `__call__`: un-normalised latents for each prompt and its seed."""
         how = Drawing(steps, Guidance(guidance), solver)
-        return self._draw([self._asking(prompt) for prompt in prompts], seeds_for(seeds, len(prompts)), how, grid)
+        return self.draw_dialogues([self.asking(prompt) for prompt in prompts], seeds, how, grid)
+
+    def generate(
+        self,
+        dialogue: Dialogue,
+        seed: int = 0,
+        writing: Writing | None = None,
+        drawing: Drawing | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Iterator[str | Drawn]:
+        """The reply to a conversation, piece by piece: text as it is written, every picture once it is drawn.
+
+        grid: of the latents of what is drawn, by default that of the image the user showed last, else of a square.
+        ConfigError: an image is missing. CheckpointError: no prior yet.
+        """
+        drawing, chosen = drawing or DEFAULT, grid or self._grid_after(dialogue)
+        number = 0
+        for piece in reply(self.prior, self.layouts, dialogue, chosen, seed, writing, drawing):
+            if isinstance(piece, str):
+                yield piece
+                continue
+            latents = Latents(self.prior.stats.denormalise(piece.cpu()), chosen)
+            steps, solver, scale = drawing.decoder_steps, drawing.solver, drawing.decoder_guidance
+            picture = self.decode([latents], seed + number, steps, solver, guidance=scale)[0]
+            yield Drawn(picture, latents, Seen(None, chosen, piece.cpu(), chosen))
+            number += 1
 
     def understand(self, image: Input, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0) -> str:
         """A caption of a picture, or of features that were computed before; the likeliest words at temperature 0."""
@@ -229,21 +255,24 @@ class UniComPipeline(PictureCodec):
             for item, (values, grid) in zip(encoded, self.encode(encoded), strict=True)
         ]
 
-    def _asking(self, text: str, images: Sequence[Input] = ()) -> Dialogue:
-        """A user's images and words."""
-        self._check_prompt(text)
+    def asking(self, text: str, images: Sequence[Input] = ()) -> Dialogue:
+        """A turn of a user: images and words. ConfigError: words that are empty or too long."""
+        self.check_text(text)
         shown = {str(number): seen for number, seen in enumerate(self.seen(images) if images else [])}
         return Dialogue((Message("user", (*shown, Words(text))),), shown)
 
-    def _draw(
-        self, dialogues: Sequence[Dialogue], seeds: Sequence[int], how: Drawing, grid: tuple[int, int] | None
+    def draw_dialogues(
+        self,
+        dialogues: Sequence[Dialogue],
+        seeds: int | Sequence[int] = 0,
+        how: Drawing = DEFAULT,
+        grid: tuple[int, int] | None = None,
     ) -> list[Latents]:
         """Un-normalised latents after each dialogue; those of one grid, with images or without, in common batches."""
-        square = self.codec.config.compressor.latent_grid(default_grid(self.encoder_config))
+        seeds = seeds_for(seeds, len(dialogues))
         alike: dict[tuple[tuple[int, int], bool], list[int]] = {}
         for number, dialogue in enumerate(dialogues):
-            own = next((seen.latent_grid for seen in dialogue.images.values()), square)
-            alike.setdefault((grid or own, dialogue.shows), []).append(number)
+            alike.setdefault((grid or self._grid_after(dialogue), dialogue.shows), []).append(number)
         drawn: dict[int, Latents] = {}
         for (chosen, _), numbers in alike.items():
             for start in range(0, len(numbers), self.batch):
@@ -254,7 +283,15 @@ class UniComPipeline(PictureCodec):
                 drawn.update((number, Latents(values, chosen)) for number, values in zip(some, latents, strict=True))
         return [drawn[number] for number in range(len(dialogues))]
 
-    def _check_prompt(self, prompt: str) -> None:
+    def _grid_after(self, dialogue: Dialogue) -> tuple[int, int]:
+        """Of the first image that the user's last turn with images shows; else of a square picture."""
+        for message in reversed(dialogue.messages):
+            if message.role == "user" and message.shows:
+                return dialogue.image(next(part for part in message.parts if isinstance(part, str))).latent_grid
+        return self.codec.config.compressor.latent_grid(default_grid(self.encoder_config))
+
+    def check_text(self, prompt: str) -> None:
+        """ConfigError: empty, or longer than what is read."""
         if not prompt.strip():
             raise ConfigError("a prompt is empty", "there is nothing to draw", "say what to draw", DOCS)
         length = len(self.prior.vocabulary.encode(prompt))
