@@ -71,6 +71,7 @@ def run(
         **asdict(settings),
     }
     identity |= {"format": form, **({"shard_samples": shard_samples} if form == "tars" else {})}
+    identity = json.loads(json.dumps(identity))  # as the ledger gives it back: tuples are lists
     pictures = wanted_pictures(rows, settings)
     with Ledger(out / LEDGER) as ledger:
         _check_identity(ledger, identity, out)

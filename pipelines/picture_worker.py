@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from unicom_dist.data.tar import ShardWriter, replace_file
+from unicom_dist.sample.guidance import Renorm
 from unicom_dist.sample.pipeline import MAX_PROMPT_TOKENS, UniComPipeline
 from unicom_dist.sample.solver import Solver
 
@@ -24,6 +25,9 @@ class Settings:
     seed: int = 0
     steps: int = 25
     guidance: float = 3.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    renorm: Renorm = "none"
+    renorm_min: float = 0.0
     solver: Solver = "euler"
     decoder_steps: int = 8
     decoder_guidance: float = 1.0
@@ -87,6 +91,9 @@ class GenerateWorker:
                 seeds=[wanted.seed for wanted in usable],
                 steps=how.steps,
                 guidance=how.guidance,
+                guidance_interval=how.guidance_interval,
+                renorm=how.renorm,
+                renorm_min=how.renorm_min,
                 solver=how.solver,
                 decoder_steps=how.decoder_steps,
                 decoder_guidance=how.decoder_guidance,

@@ -4,6 +4,7 @@ One process, half a minute; most of it is importing transformers.
 """
 
 import ctypes
+import importlib
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from unicom_dist.checkpoint.saved import Checkpoint, latest
 from unicom_dist.checkpoint.store import CheckpointStore
 from unicom_dist.checkpoint.weights import read_weights
 from unicom_dist.cli.main import run as unicom
+from unicom_dist.config.errors import CheckpointError
 from unicom_dist.config.layout import Layout
 from unicom_dist.config.load import load_recipe
 from unicom_dist.config.schema import Config, PriorConfig
@@ -29,7 +31,9 @@ from unicom_dist.parallel.engine import Fragment, Piece
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.sample.export import export
 from unicom_dist.sample.loading import find_parts, load_prior
+from unicom_dist.sample.model_folder import problems_of, sampling_of
 from unicom_dist.sample.pipeline import UniComPipeline
+from unicom_dist.sample.solver import time_grid
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.testing.tiny_run import tiny_prior, write_tiny_weights
 
@@ -103,6 +107,70 @@ def test_a_run_becomes_the_folder_that_its_pipeline_saves(run, tmp_path):
             assert one == two
             assert a.keys() == b.keys()
             assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_float32_folders_draw_the_same_to_the_bit(run, tmp_path):
+    _, checkpoint, _ = run
+    for name, source in (("a", checkpoint), ("b", tmp_path / "a")):
+        assert unicom(["convert", "export", str(source), str(tmp_path / name), "--dtype", "float32"]) == 0
+    UniComPipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "c", torch.float32)
+    drawn = []
+    for name in ("a", "b", "c"):
+        pipeline = UniComPipeline.from_pretrained(tmp_path / name)
+        latents = pipeline.draw_latents(["a red circle"], 1, 2)[0].values
+        drawn.append((latents, pipeline("a red circle", 1, 2, decoder_steps=2)[0].tobytes()))
+        assert unicom(["convert", "check", str(tmp_path / name)]) == 0
+    assert all(torch.equal(latents, drawn[0][0]) and pixels == drawn[0][1] for latents, pixels in drawn)
+
+
+def test_a_model_folder_says_what_it_is(run, tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from transformers import GenerationConfig
+
+    config, checkpoint, _ = run
+    folder = tmp_path / "model"
+    assert unicom(["convert", "export", str(checkpoint), str(folder)]) == 0
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "UniComPipeline"
+    for library, name in (index["codec"], index["prior"]):
+        assert hasattr(importlib.import_module(library), name)
+    prior = load_prior(folder / "prior")
+    stats = json.loads((folder / "latent_stats.json").read_text())
+    assert (stats["mean"], stats["std"]) == (prior.content["stats"]["mean"], prior.content["stats"]["std"])
+    for part, section in (("prior", config.prior), ("decoder", config.codec)):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / f"scheduler_{part}")
+        scheduler.set_timesteps(sigmas=[1 - step / 5 for step in range(5)])
+        times = torch.tensor(time_grid(5, section.timestep_shift))
+        torch.testing.assert_close(1 - scheduler.sigmas, times, atol=1e-6, rtol=0)
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == prior.vocabulary.control["<|im_end|>"]
+    assert sampling_of(folder) == config.sample
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["parts"]["prior"]["step"] == 3
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(manifest["files"]) == there - {"manifest.json"}
+
+
+def test_a_model_folder_that_was_changed_is_refused(run, tmp_path):
+    _, checkpoint, _ = run
+    folder = tmp_path / "model"
+    assert unicom(["convert", "export", str(checkpoint), str(folder)]) == 0
+    weights = folder / "prior" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # of the same size
+    assert problems_of(folder) == ["prior/model.safetensors has another content"]
+    assert unicom(["convert", "check", str(folder)]) == CheckpointError.exit_code
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match="not as it was exported") as caught:
+        find_parts(folder)
+    assert caught.value.why == f"prior/model.safetensors has {len(whole) - 1} bytes instead of {len(whole)}"
+    weights.write_bytes(whole)
+    stats = folder / "latent_stats.json"
+    content = stats.read_text()
+    number = next(place for place, letter in enumerate(content) if letter.isdigit())
+    stats.write_text(content[:number] + str((int(content[number]) + 1) % 10) + content[number + 1 :])
+    with pytest.raises(CheckpointError, match="not as it was exported") as caught:
+        find_parts(folder)
+    assert "mean is not the prior's" in caught.value.why
 
 
 def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -39,14 +39,14 @@ def chat(
     stage: Annotated[str, typer.Option(help="A prior stage other than the last finished one.")] = "",
 ) -> None:
     """Talk with a model: it reads pictures, writes and draws."""
-    from unicom_dist.cli.sample import recipe_of, settings_of
+    from unicom_dist.cli.sample import settings_of
     from unicom_dist.sample.chat import Chat
     from unicom_dist.sample.drawing import Drawing
     from unicom_dist.sample.pipeline import UniComPipeline
     from unicom_dist.sample.writing import Chooser
 
     Chooser([seed], temperature, top_p)  # refuses values before the model is loaded
-    drawing: Drawing = Drawing.of(settings_of(recipe_of(checkpoint), steps=steps, guidance=guidance))
+    drawing: Drawing = Drawing.of(settings_of(checkpoint, steps=steps, guidance=guidance))
     with logged():
         pipeline = UniComPipeline.from_pretrained(checkpoint, stage=stage)
         _ = pipeline.prior  # says so now if there is none

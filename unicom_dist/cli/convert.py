@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from unicom_dist.cli.screen import logged, say
-from unicom_dist.config.errors import ConfigError
+from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.layout import AXES, Layout
 
 DOCS = "docs/checkpoints.md"
@@ -27,15 +27,32 @@ def export(
     form: Annotated[
         Literal["unicom", "qwen"], typer.Option("--format", help="A model folder, or the backbone as Qwen2.5.")
     ] = "unicom",
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights written.")] = "bfloat16",
 ) -> None:
-    """Write what a run has trained as one folder in bfloat16: for `unicom sample`, or for transformers."""
+    """Write what a run has trained as one folder: for `unicom sample`, or for transformers."""
     _must_be_new(out)
+    import torch
+
     from unicom_dist.sample.export import export as write
 
     with logged():
-        write(source, out, stage, weights, form)
+        write(source, out, stage, weights, form, getattr(torch, dtype))
     use = f"draw with `unicom sample {out} PROMPT`" if form == "unicom" else "load with transformers' from_pretrained"
     say(f"{out}: {_megabytes(out)}; {use}")
+
+
+@app.command()
+def check(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model folder.")]) -> None:
+    """Read every file of a model folder and hold it against manifest.json."""
+    from unicom_dist.sample.model_folder import MANIFEST, problems_of, read_manifest
+
+    files = read_manifest(folder).get("files", {})
+    problems = problems_of(folder) if files else [f"there is no {MANIFEST} in it"]
+    if problems:
+        raise CheckpointError(
+            f"{folder} is not as it was exported", "; ".join(problems[:3]), "copy or export it again", DOCS
+        )
+    say(f"{folder}: {len(files)} files are as they were exported")
 
 
 @app.command()

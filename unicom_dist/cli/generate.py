@@ -22,6 +22,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of rows without their own.", show_default="the recipe's")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.", show_default="the recipe's")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="1 = none.", show_default="the recipe's")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun or dpm.", show_default="the recipe's")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of the computation.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Pictures an actor draws at a time.")] = 16,
     column: Annotated[str, typer.Option(help="Where a table has its prompts.")] = "prompt",
@@ -30,22 +31,21 @@ def generate(
 ) -> None:
     """Draw every prompt of a file; may be interrupted and run again."""
     from pipelines import generate as job
-    from unicom_dist.config.load import load_recipe
-    from unicom_dist.config.schema import SampleConfig
+    from unicom_dist.cli.sample import settings_of
 
     with logged():
-        recipe = (Path(model) / "config.yaml").is_file()
-        given = {"seed": seed, "steps": steps, "guidance": guidance}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        base = (load_recipe(model).config.sample if recipe else SampleConfig()).model_copy(update=chosen)
+        base = settings_of(model, seed=seed, steps=steps, guidance=guidance, solver=solver)
         settings = job.Settings(
-            images_per_prompt,
-            base.seed,
-            base.steps,
-            base.guidance,
-            base.solver,
-            base.decoder_steps,
-            base.decoder_guidance,
-            dtype,
+            images_per_prompt=images_per_prompt,
+            seed=base.seed,
+            steps=base.steps,
+            guidance=base.guidance,
+            guidance_interval=base.guidance_interval,
+            renorm=base.renorm,
+            renorm_min=base.renorm_min,
+            solver=base.solver,
+            decoder_steps=base.decoder_steps,
+            decoder_guidance=base.decoder_guidance,
+            dtype=dtype,
         )
         job.run(model, prompts, out, settings, form, batch, workers, stage, column, shard_samples)

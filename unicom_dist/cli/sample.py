@@ -59,7 +59,7 @@ def sample(
             DOCS,
         )
     settings = settings_of(
-        config,
+        checkpoint,
         seed=seed,
         steps=steps,
         guidance=guidance,
@@ -103,13 +103,19 @@ def recipe_of(checkpoint: str) -> "Config | None":
     return load_recipe(checkpoint).config if (Path(checkpoint) / "config.yaml").is_file() else None
 
 
-def settings_of(config: "Config | None", **given: Any) -> "SampleConfig":
-    """The recipe's `sample` section, or the defaults, with what was given in place. ConfigError."""
+def settings_of(checkpoint: str, **given: Any) -> "SampleConfig":
+    """The `sample` section of a run's recipe, or what a model folder says, with what was given. ConfigError."""
     from pydantic import ValidationError
 
     from unicom_dist.config.schema import SampleConfig
 
-    base = config.sample if config is not None else SampleConfig()
+    config = recipe_of(checkpoint)
+    if config is not None:
+        base = config.sample
+    else:
+        from unicom_dist.sample.model_folder import sampling_of
+
+        base = sampling_of(Path(checkpoint))
     chosen = {key: value for key, value in given.items() if value is not None}
     try:
         return SampleConfig.model_validate({**base.model_dump(), **chosen})

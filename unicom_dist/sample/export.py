@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from unicom_dist.checkpoint.description import described_prior
@@ -24,10 +25,12 @@ from unicom_dist.checkpoint.weights import (
     replace_folder,
 )
 from unicom_dist.config.errors import CheckpointError
-from unicom_dist.config.schema import EncoderConfig
+from unicom_dist.config.load import load_recipe
+from unicom_dist.config.schema import EncoderConfig, SampleConfig
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.joint import OWN, compressor_fingerprint
-from unicom_dist.sample.loading import MODEL_INDEX, check_pair, find_parts, with_fingerprint
+from unicom_dist.sample.loading import MODEL_INDEX, check_pair, default_grid, find_parts, with_fingerprint
+from unicom_dist.sample.model_folder import Origin, describe_folder, read_manifest, sampling_of
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +54,26 @@ class Stored:
         return Vocabulary.load(self.vocabulary, self.tokenizer)
 
 
-def export(source: Path, out: Path, stage: str = "", weights: Weights = "ema", form: Format = "unicom") -> None:
+def export(
+    source: Path,
+    out: Path,
+    stage: str = "",
+    weights: Weights = "ema",
+    form: Format = "unicom",
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Write the new folder `out` from a run directory, a checkpoint or a model folder.
 
     stage: a prior stage of a run other than its last finished one. weights: averaged, or as the optimizer left them.
+    dtype: of what is written; float32 changes nothing of a checkpoint's weights.
     CheckpointError: incomplete, foreign or damaged source, or it does not hold what is asked for.
     """
     parts = checkpoint_parts(source, weights) if is_checkpoint(source) else exported_parts(source, stage, weights)
     if form == "unicom":
-        replace_folder(out, lambda place: write_model(place, parts))
+        origin = origin_of(source, stage, weights)
+        replace_folder(out, lambda place: write_model(place, parts, origin, dtype))
     else:
-        replace_folder(out, lambda place: write_backbone(place, parts, source))
+        replace_folder(out, lambda place: write_backbone(place, parts, source, dtype))
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -120,17 +132,37 @@ def tokenizer_of(content: dict[str, Any], source: Path) -> Path:
     return Path(described_prior(content, source).config.tokenizer)
 
 
-def write_model(folder: Path, parts: Mapping[str, Stored]) -> None:
+def origin_of(source: Path, stage: str, weights: Weights) -> Origin:
+    """What a model folder says of a source: its sampling settings, and the figures that `unicom eval` measured."""
+    if (source / MODEL_INDEX).is_file():
+        before = read_manifest(source)
+        return Origin(before.get("weights", "ema"), sampling_of(source), before.get("evaluation", {}))
+    run = source.resolve().parents[2] if is_checkpoint(source) else source
+    sampling = load_recipe(run).config.sample if (run / "config.yaml").is_file() else SampleConfig()
+    evaluation = figures(run / "eval.json") if run == source and not stage and weights == "ema" else {}
+    return Origin(weights, sampling, evaluation)
+
+
+def figures(path: Path) -> dict[str, Any]:
+    """{metric (split): value} of a run's quick suite; {} if it was not evaluated."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return {f"{row['metric']} ({row['split']})": row["value"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def write_model(folder: Path, parts: Mapping[str, Stored], origin: Origin, dtype: torch.dtype) -> None:
     """A model folder as `UniComPipeline.from_pretrained` reads it. CheckpointError when its parts do not fit."""
     if "prior" in parts:
         check_pair(parts["codec"].content, parts["prior"].content, folder)
     for name, part in parts.items():
         more = text_files(part.text(), part.tokenizer) if name == "prior" else None
-        export_weights(folder / name, part.content, part.tensors, more)
-    write_index(folder, list(parts), EncoderConfig.model_validate(parts["codec"].content["encoder"]))
+        export_weights(folder / name, part.content, part.tensors, more, dtype)
+    write_index(folder, list(parts), EncoderConfig.model_validate(parts["codec"].content["encoder"]), origin)
 
 
-def write_backbone(folder: Path, parts: Mapping[str, Stored], source: Path) -> None:
+def write_backbone(folder: Path, parts: Mapping[str, Stored], source: Path, dtype: torch.dtype) -> None:
     """The prior's backbone and tokenizer as a Qwen2.5 folder. CheckpointError when there is no prior."""
     if "prior" not in parts:
         raise CheckpointError(
@@ -145,7 +177,7 @@ def write_backbone(folder: Path, parts: Mapping[str, Stored], source: Path) -> N
         "bos_token_id": vocabulary.control["<|endoftext|>"],
         "eos_token_id": vocabulary.control["<|im_end|>"],
     }
-    write_qwen(folder, described_prior(prior.content, source).config, prior.tensors, special)
+    write_qwen(folder, described_prior(prior.content, source).config, prior.tensors, special, dtype)
     if vocabulary.kind == "full":
         copy_tokenizer(prior.tokenizer, folder)
     else:
@@ -175,7 +207,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def write_index(folder: Path, parts: list[str], encoder: EncoderConfig) -> None:
-    """model_index.json, which makes a folder a model folder."""
-    index = {"class": "UniComPipeline", "parts": parts, "encoder": encoder.model_dump(mode="json")}
-    (folder / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def write_index(folder: Path, parts: list[str], encoder: EncoderConfig, origin: Origin | None = None) -> None:
+    """model_index.json and what belongs to it, which make a folder with these parts a model folder."""
+    describe_folder(folder, parts, default_grid(encoder), origin or Origin())
