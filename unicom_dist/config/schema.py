@@ -352,6 +352,16 @@ class SpikeConfig(Section):
     skip: int = Field(0, ge=0, description="steps in a row that are left out, and recorded, because their gradients are not finite; one more ends the run")
 
 
+# The losses that a sample of a task is there for, by the weight of a prior stage.
+LEARNED_BY: dict[str, tuple[str, ...]] = {
+    "text": ("lambda_text",),
+    "text_to_image": ("lambda_flow",),
+    "image_to_text": ("lambda_text",),
+    "image_text_to_image": ("lambda_flow",),
+    "interleaved": ("lambda_text", "lambda_flow"),
+}
+
+
 class StageConfig(Section):
     """One step of the curriculum."""
 
@@ -362,6 +372,9 @@ class StageConfig(Section):
     micro_batches: PositiveInt = Field(1, description="pieces a rank cuts its share of the step into")
     row_positions: PositiveInt = Field(1024, description="prior: positions per packed row")
     mixture: Mixture = Mixture(text_to_image=1.0)
+    mixture_changes: dict[PositiveInt, dict[Literal["text", "text_to_image", "image_to_text", "image_text_to_image", "interleaved"], NonNegative]] = Field(
+        {}, description="prior: other weights after so many steps, {STEP: {TASK: WEIGHT}}; tasks not named get 0, every source goes on where it stands"
+    )
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate after warm-up")
     min_lr_ratio: Fraction = Field(0.0, description="cosine: final learning rate over lr")
@@ -387,6 +400,48 @@ class StageConfig(Section):
     eval_every: int = Field(0, ge=0, description="steps between held-out losses at fixed t; 0 = only at the end")
     sample_every: int = Field(0, ge=0, description="steps between picture grids; 0 = only at the end")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = only at the end")
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that the mixture has."""
+        return [task for task, weight in self.mixture.model_dump().items() if weight]
+
+    @model_validator(mode="after")
+    def _learned(self) -> Self:
+        if self.kind != "prior":
+            return self
+        for task in self.tasks:
+            if not any(getattr(self, weight) for weight in LEARNED_BY[task]):
+                raise Unworkable(
+                    f"mixture.{task} = {getattr(self.mixture, task):g} with " + " and ".join(f"{weight} = 0" for weight in LEARNED_BY[task]),
+                    "these samples would be computed and nothing learned of them",
+                    f"mixture.{task}: 0, or a weight above 0",
+                )
+        drawn = [task for task in self.tasks if "lambda_flow" in LEARNED_BY[task]]
+        if self.joint.enabled and not drawn:
+            raise Unworkable("joint.enabled = true without a task that draws", "the compressor is trained by the images that are drawn", "give mixture.text_to_image a weight, or joint.enabled: false")
+        if self.trainable == "connector" and self.tasks == ["text"]:
+            raise Unworkable("trainable = connector with text alone", "neither connector nor heads have a part in it", "give a task with images a weight, or trainable: all")
+        return self
+
+    def draws(self, task: str) -> bool:
+        """Whether the task has a weight at any time of the stage."""
+        return any(weights.get(task) for weights in (self.mixture.model_dump(), *self.mixture_changes.values()))
+
+    def mixture_at(self, step: int) -> dict[str, float]:
+        """Weight of every task in the step after `step` others."""
+        begun = [after for after in self.mixture_changes if after <= step]
+        weights = dict.fromkeys(Mixture.model_fields, 0.0)
+        return weights | (self.mixture_changes[max(begun)] if begun else self.mixture.model_dump())
+
+    @model_validator(mode="after")
+    def _changes(self) -> Self:
+        for after, weights in self.mixture_changes.items():
+            if not sum(weights.values()):
+                raise Unworkable(f"mixture_changes.{after} = {weights}", "there is nothing to draw from", "give at least one task a positive weight")
+            if after >= self.steps:
+                raise Unworkable(f"mixture_changes.{after} of a stage of steps = {self.steps}", "it would never come", f"change it after 1 to {self.steps - 1} steps")
+        return self
 
     @model_validator(mode="after")
     def _steps(self) -> Self:
@@ -494,9 +549,10 @@ class Config(Section):
             share = replicas * stage.micro_batches
             named = set(self.data.conversations.values())
             for task in ("image_text_to_image", "interleaved"):
-                if stage.kind == "prior" and getattr(stage.mixture, task) and task not in named:
+                if stage.kind == "prior" and stage.draws(task) and task not in named:
+                    weight = getattr(stage.mixture, task)
                     raise Unworkable(
-                        f"stages.{stage.name}.mixture.{task} = {getattr(stage.mixture, task):g}",
+                        f"stages.{stage.name}.mixture.{task} = {weight:g}" if weight else f"stages.{stage.name}.mixture_changes with {task}",
                         "no set of data.conversations is of that task, so there is nothing to draw",
                         f"data.conversations: {{SET: {task}}}, or {task}: 0",
                     )
@@ -596,6 +652,13 @@ class Config(Section):
                     f"stages.{stage.name}.query.enabled = true with " + ", ".join(f"parallel.{key} = {size}" for key, size in split.items()),
                     "queries, connector and flow decoder are small and trained data-parallel only",
                     "parallel: {tp: 1, pp: 1, ulysses: 1} with a zero_stage of 0 to 3",
+                )
+            before = [other for other in self.stages[: self.stages.index(stage)] if other.kind == "prior"]
+            if stage.query.enabled and not before and not self.prior.init_from:
+                raise Unworkable(
+                    f"stages.{stage.name}.query.enabled = true in the first prior stage, without prior.init_from",
+                    "the transformer that the queries ask would stay as it was drawn at random",
+                    f"put a prior stage before {stage.name}, or name published weights in prior.init_from",
                 )
             if stage.kind == "prior" and begun and not stage.query.enabled:
                 raise Unworkable(

@@ -40,7 +40,7 @@ from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.spikes import Spikes
 from unicom_dist.train.stages import Task
 from unicom_dist.train.tasks import make_task
-from unicom_dist.train.trained import trained_table
+from unicom_dist.train.trained import loss_table, trained_table
 from unicom_dist.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -236,7 +236,8 @@ def make_engine(task: Task[Any], config: Config, stage: StageConfig, mesh: Mesh)
     module = task.build(mesh)
     table = trained_table(module, stage)
     if mesh.rank == 0:
-        log.info("stage %s trains\n%s", stage.name, table)
+        losses = loss_table(stage) if stage.kind == "prior" else ""
+        log.info("stage %s trains\n%s\n%s", stage.name, table, losses)
     if mesh.layout.zero_stage == 0:
         return PlainEngine(module, options, mesh)
     settings = deepspeed_config(config.parallel, mesh.layout, stage.precision, config.deepspeed.extra)

@@ -1,4 +1,4 @@
-"""Which weights a stage trains, said before the first step: a typo in a recipe must not train nothing in silence."""
+"""What a stage trains and by which losses, said before the first step: a typo in a recipe must not do so in silence."""
 
 import math
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from unicom_dist.config.errors import ConfigError
-from unicom_dist.config.schema import StageConfig
+from unicom_dist.config.schema import LEARNED_BY, StageConfig
 
 DEPTH = 2  # parts of a name that make a row
 
@@ -28,4 +28,13 @@ def trained_table(module: nn.Module, stage: StageConfig) -> str:
         )
     lines = [f"{'part':<32}{'trained':>16}{'frozen':>16}"]
     lines += [f"{part:<32}{trained:>16,}{frozen:>16,}" for part, (trained, frozen) in [*rows.items(), ("all", total)]]
+    return "\n".join(lines)
+
+
+def loss_table(stage: StageConfig) -> str:
+    """Rows of a prior stage's losses: weight, and the tasks of the mixture whose samples they are for."""
+    lines = [f"{'loss':<32}{'weight':>16}  tasks"]
+    for weight in ("lambda_text", "lambda_flow"):
+        tasks = ", ".join(task for task in stage.tasks if weight in LEARNED_BY[task])
+        lines.append(f"{weight:<32}{getattr(stage, weight):>16g}  {tasks or 'none of the mixture'}")
     return "\n".join(lines)
