@@ -93,7 +93,7 @@ def decoder_scheduler(config: CodecConfig) -> dict[str, Any]:
 
 def _scheduler(shift: float, **dynamic: float) -> dict[str, Any]:
     """The configuration of diffusers' Euler scheduler. shift: of square pictures where it follows the size."""
-    kind = {"use_dynamic_shifting": bool(dynamic), **dynamic}
+    kind: dict[str, Any] = {"use_dynamic_shifting": bool(dynamic), **dynamic}
     if dynamic:
         kind["time_shift_type"] = "exponential"
     steps = {"num_train_timesteps": 1000, "shift": shift}
