@@ -19,6 +19,7 @@ from unicom_dist.evaluate.judge import Embed, Prototypes, build_prototypes, corr
 from unicom_dist.evaluate.rows import Row, measure
 from unicom_dist.models.encoders.resnet import load_resnet50
 from unicom_dist.models.transfusion import Transfusion
+from unicom_dist.sample.drawing import Drawing
 from unicom_dist.sample.loading import LoadedPrior
 from unicom_dist.sample.pipeline import UniComPipeline
 
@@ -80,21 +81,18 @@ def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> lis
     """A picture for each pair's caption as the recipe's `sample` section says, on the grid of the pair's latents."""
     sample = config.sample
     # A fresh flow head is zero: the velocity is 0 everywhere and one step ends where any number of steps would.
-    steps = sample.steps if any(weight.any() for weight in pipeline.prior.model.flow_head.out.parameters()) else 1
+    learned = any(weight.any() for weight in pipeline.prior.model.flow_head.out.parameters())
+    how = Drawing.of(sample if learned else sample.model_copy(update={"steps": 1}))
     pictures: dict[int, Image.Image] = {}
     seeds = {number: sample.seed + number for number in range(len(pairs))}
     latent_grid = pipeline.codec.config.compressor.latent_grid
     for grid in {pair.grid for pair in pairs}:
         chosen = [number for number, pair in enumerate(pairs) if pair.grid == grid]
-        drawn = pipeline(
-            [pairs[number].caption for number in chosen],
+        drawn = pipeline.draw(
+            [pipeline.asking(pairs[number].caption) for number in chosen],
             [seeds[number] for number in chosen],
-            steps,
-            sample.guidance,
-            sample.solver,
-            sample.decoder_steps,
+            how,
             latent_grid(grid),
-            sample.decoder_guidance,
         )
         pictures.update(zip(chosen, drawn, strict=True))
     return [pictures[number] for number in range(len(pairs))]

@@ -78,7 +78,8 @@ class Guidance:
         axes = (-2, -1) if self.renorm == "global" else (-1,)
         given = torch.linalg.vector_norm(velocities["all"], dim=axes, keepdim=True)
         gained = torch.linalg.vector_norm(guided, dim=axes, keepdim=True)
-        return guided * (given / gained.clamp_min(1e-8)).clamp(self.renorm_min, 1.0)
+        factor: Tensor = (given / gained.clamp_min(1e-8)).clamp(self.renorm_min, 1.0)
+        return guided * factor
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:

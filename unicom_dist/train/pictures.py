@@ -20,6 +20,7 @@ from unicom_dist.models.codec import Codec, LatentStats
 from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.models.target import Target
 from unicom_dist.models.transfusion import Transfusion
+from unicom_dist.sample.drawing import Drawing
 from unicom_dist.sample.grid import picture_grid
 from unicom_dist.sample.loading import LoadedPrior
 from unicom_dist.sample.pictures import Latents, to_pictures
@@ -75,15 +76,7 @@ def draw_prompts(
     sample = config.sample
     pipeline = UniComPipeline(codec, config.encoder, LoadedPrior(prior, vocabulary, stats))
     seeds = [sample.seed + number for number in range(len(sample.prompts))]
-    images = pipeline(
-        sample.prompts,
-        seeds,
-        sample.steps,
-        sample.guidance,
-        sample.solver,
-        sample.decoder_steps,
-        decoder_guidance=sample.decoder_guidance,
-    )
+    images = pipeline.draw([pipeline.asking(prompt) for prompt in sample.prompts], seeds, Drawing.of(sample))
     return picture_grid(images, sample.prompts), list(sample.prompts)
 
 
