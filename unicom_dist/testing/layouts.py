@@ -7,7 +7,7 @@ Shapes as in `models/segments.py`.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from unicom_dist.models.init import Source, fill, generator_for
 from unicom_dist.models.joint import JointPrior
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.transfusion import Transfusion
-from unicom_dist.objective.terms import joint_counts, joint_terms, prior_counts, prior_terms, total
+from unicom_dist.objective.terms import LossTerm, joint_counts, joint_terms, prior_counts, prior_terms, total
 from unicom_dist.parallel.engine import Buffers, Engine, Piece, decay_groups, whole_tensors
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.tiny_batch import Stretch, tiny_batch
@@ -260,7 +260,8 @@ def by_hand(case: Case) -> Outcome:
     config, outcome = case.config, Outcome()
     stage = config.stages[0]
     model = Transfusion(config.prior, VOCABULARY, LATENT, FEATURE)
-    terms_of, counts_of = prior_terms, prior_counts
+    terms_of: Callable[..., dict[str, LossTerm]] = prior_terms
+    counts_of = prior_counts
     if case.joint:
         momentum = stage.joint.momentum
         model = JointPrior(config.prior, COMPRESSOR, VOCABULARY, LATENTS, FEATURES, momentum)
