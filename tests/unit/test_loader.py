@@ -327,6 +327,55 @@ def test_the_mixture_is_exact_over_samples(config: Config, vocabulary: Vocabular
     assert 0 <= loader.report()["data/pad_fraction"] < 0.1
 
 
+CHANGES = {"steps": 10, "mixture_changes": {3: {"image_to_text": 1.0}, 5: {"text": 3.0, "text_to_image": 1.0}}}
+
+
+def test_a_stage_changes_its_mixture_at_a_step_and_goes_on_in_its_sources(
+    config: Config, vocabulary: Vocabulary
+) -> None:
+    """Samples drawn before may still leave in the rows after; the draws themselves change with the step."""
+    with prior(config, vocabulary, batch=8, **CHANGES) as loader, prior(config, vocabulary, batch=8) as steady:
+        states = []
+        for step in range(7):
+            assert same(loader.next_step(), steady.next_step()) == (step < 3)
+            states.append(loader.state_dict())
+    assert set(states[2]["counts"]) == {"text", "text_to_image", "image_to_text"}
+    assert set(states[3]["counts"]) == {"image_to_text"}
+    assert states[4]["ordinals"]["text"] == states[2]["ordinals"]["text"]
+    drawn = {task: n - states[4]["ordinals"][task] for task, n in states[6]["ordinals"].items()}
+    assert drawn["image_to_text"] == 0
+    assert drawn["text"] + drawn["text_to_image"] == sum(states[6]["counts"].values())
+    assert abs(drawn["text"] - 3 * drawn["text_to_image"]) <= 3
+
+
+@pytest.mark.parametrize("taken", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("prefetch", [1, 2, 8])
+def test_resuming_across_a_change_of_the_mixture_gives_the_same_stream(
+    config: Config, vocabulary: Vocabulary, taken: int, prefetch: int
+) -> None:
+    """However far the loader's thread has run ahead."""
+    changing = stage(config, **{**MIXED, **CHANGES})
+
+    def loader(prefetch: int) -> PriorLoader:
+        return PriorLoader(config, changing, vocabulary, STATS, prefetch=prefetch)
+
+    with loader(prefetch) as first, loader(2) as second:
+        for _ in range(taken):
+            first.next_step()
+        state = json.loads(json.dumps(first.state_dict()))
+        expected = [first.next_step() for _ in range(4)]
+        second.load_state_dict(state)
+        assert all(same(second.next_step(), step) for step in expected)
+
+
+def test_a_task_without_a_sample_is_an_error(config: Config, vocabulary: Vocabulary) -> None:
+    Manifest(fingerprint="none").write(Path(config.data.path) / "talks")
+    data = config.data.model_copy(update={"conversations": {"talks": "interleaved"}})
+    changed = config.model_copy(update={"data": data})
+    with pytest.raises(DataError, match=r"draws interleaved, whose sets hold no sample\n.*\n.*weight 0"):
+        prior(changed, vocabulary, mixture={"text": 1, "interleaved": 1})
+
+
 def test_captions_are_dropped_at_the_configured_rate(config: Config, vocabulary: Vocabulary) -> None:
     empty = len(vocabulary.encode("user")) + len(vocabulary.encode("assistant")) + 7
     only = {"mixture": {"text_to_image": 1.0}, "batch": 64}

@@ -38,3 +38,10 @@ def test_a_task_of_weight_zero_is_never_drawn() -> None:
     assert {MixtureSchedule({"a": 0, "b": 1}).draw() for _ in range(10)} == {"b"}
     with pytest.raises(ValueError, match="must be positive"):
         MixtureSchedule({"a": 0})
+
+
+def test_a_hundred_thousand_draws_are_within_one_of_their_shares() -> None:
+    schedule = MixtureSchedule({"text": 0.3, "t2i": 1.7, "i2t": 0.9, "edit": 0.11, "interleaved": 1 / 3})
+    for _ in range(100_000):
+        schedule.draw()
+    assert all(abs(schedule.counts[task] - share * 100_000) < 1 for task, share in schedule.shares.items())

@@ -1,7 +1,8 @@
 """The mixture of tasks: exact shares without chance.
 
 The next sample goes to the task that lags its share most (largest deficit; ties go to the task named first), so the
-counts stay next to the shares at any time. The counters are the whole state.
+counts stay next to the shares at any time. The counters are the whole state. Other weights are another schedule: its
+counts begin at 0, so that they are exact from then on, while what is drawn goes on in its own order.
 """
 
 from collections.abc import Mapping

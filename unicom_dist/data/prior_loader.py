@@ -216,8 +216,9 @@ class PriorLoader(StepLoader[PackedBatch]):
         prefetch: int = 2,
     ) -> None:
         self._plan_attention = plan
-        self._mixture = MixtureSchedule({task: getattr(stage.mixture, task) for task in TASKS})
-        tasks = [task for task in TASKS if task in self._mixture.shares]
+        self._stage = stage
+        self._mixture = MixtureSchedule(stage.mixture_at(0))
+        tasks = [task for task in TASKS if stage.draws(task)]
         joint = stage.joint.enabled
         untouched = ("text", "image_to_text") if config.prior.understanding == "raw" else ("text",)
         latents = not joint and any(task not in untouched for task in tasks)
@@ -236,6 +237,14 @@ class PriorLoader(StepLoader[PackedBatch]):
         images = Images(shown, config.encoder.kind)
         self._reader = _Reader(config, images, stage.name, vocabulary, stats, stage.row_positions, joint)
         sizes = {task: sum(map(len, sources)) for task, sources in self._sources.items()}
+        for task in tasks:
+            if not sizes[task]:
+                raise DataError(
+                    f"the mixture of stage {stage.name} draws {task}, whose sets hold no sample",
+                    "an order needs something to go through",
+                    f"fill the sets of data.conversations, or give {task} the weight 0",
+                    "docs/data.md",
+                )
         self._orders = {task: Order(sizes[task], config.seed, stage.name, task) for task in tasks}
         self._ordinals: dict[Task, int] = dict.fromkeys(tasks, 0)
         self._packer: Packer[Planned] = Packer(stage.row_positions)
@@ -251,12 +260,14 @@ class PriorLoader(StepLoader[PackedBatch]):
         )
         self._step, self._row_count, self._filled = 0, 0, 0
         self._costliest, self._mean_cost = 0.0, 0.0  # summed over the steps
+        changes = sorted(stage.mixture_changes)
         identity = {
             "stage": stage.name,
             "seed": config.seed,
             "samples": sizes,
             "mixture": self._mixture.shares,
             "row_positions": stage.row_positions,
+            **({"mixture_changes": [[n, stage.mixture_at(n)] for n in changes]} if changes else {}),
         }
         super().__init__(identity, prefetch)
 
@@ -273,6 +284,8 @@ class PriorLoader(StepLoader[PackedBatch]):
         }
 
     def _next(self) -> list[PackedBatch]:
+        if self._step in self._stage.mixture_changes:
+            self._mixture = MixtureSchedule(self._stage.mixture_at(self._step))
         rows = [self._next_row() for _ in range(self._share.total)]
         self._step += 1
         self._row_count += len(rows)
@@ -333,6 +346,7 @@ class PriorLoader(StepLoader[PackedBatch]):
 
     def _restore(self, state: State) -> None:
         self._step = int(state["step"])
+        self._mixture = MixtureSchedule(self._stage.mixture_at(max(self._step - 1, 0)))  # as the last step was drawn
         self._mixture.counts = {task: int(n) for task, n in state["counts"].items()}
         self._ordinals = {task_named(task): int(n) for task, n in state["ordinals"].items()}
         self._packer.restore([[self._plan(task_named(task), int(n)) for task, n in row] for row in state["open_rows"]])
