@@ -141,7 +141,7 @@ class PriorTask(Task[PackedBatch]):
         ):
             yield "", batch
         for name, task in heldout_conversations(self.config).items():
-            for t in self.config.eval.fixed_t if getattr(self.stage.mixture, task) else ():
+            for t in self.config.eval.fixed_t if self.stage.draws(task) else ():
                 for batch in heldout_conversation_batches(
                     self.config, name, self._vocabulary, self._stats, t, limit, joint=joint
                 ):
@@ -170,7 +170,7 @@ class PriorTask(Task[PackedBatch]):
             device = next(model.parameters()).device
             self._codec = load_codec(codec_folder(self.config, self.stage), device, model.dtype).model
         grid, labels = draw_prompts(self.config, self._codec, model, self._vocabulary, self.stats)
-        if self.stage.mixture.image_text_to_image:
+        if self.stage.draws("image_text_to_image"):
             edits = draw_heldout_edits(self.config, self._codec, model, self._vocabulary, self.stats)
             if edits is not None:
                 grid, labels = one_above_the_other([grid, edits[0]]), [*labels, *edits[1]]
