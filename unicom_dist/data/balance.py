@@ -21,6 +21,7 @@ def amounts_of(layout: Layout) -> Amounts:
         len(layout.label_ids),
         sum(place.size for place in layout.images) - read,
         read,
+        sum(place.timed for place in layout.images),
     )
 
 

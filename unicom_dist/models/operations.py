@@ -22,6 +22,7 @@ class Amounts:
     labels: int
     latents: int
     features: int
+    times: int = 0  # that have a position of their own
 
 
 def visible_pairs(segments: Iterable[Segment]) -> int:
@@ -66,7 +67,8 @@ def transfusion_flops(
     attention = 12 * config.layers * h * amounts.pairs
     head = per_weight * amounts.labels * vocabulary * h
     latent_in = 4 * latents * latent_channels * h
-    time_embedding = latents * (4 * time_channels * h + 6 * h * h)
+    timed = latents if config.time_injection == "add" else amounts.times
+    time_embedding = timed * (4 * time_channels * h + 6 * h * h)
     connector = amounts.features * (4 * feature_channels * h + 6 * h * h)
     flow_head = 6 * latents * h * latent_channels
     return backbone + attention + head + latent_in + time_embedding + connector + flow_head

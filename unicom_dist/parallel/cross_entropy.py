@@ -49,9 +49,8 @@ def cross_entropy_and_z(
     section 5), and the second is a figure without gradient.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        both = _LinearCrossEntropy.apply(hidden, weight, label_ids, shard, z_loss)  # type: ignore[no-untyped-call]
-        losses, squares = both
-        return losses, squares
+        both: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(hidden, weight, label_ids, shard, z_loss)  # type: ignore[no-untyped-call]
+        return both
     losses, squares, *_ = _walk(hidden, weight, label_ids, shard, z_loss, None, False, False)
     return losses, squares
 
@@ -77,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None or not same_for_all:
             ctx.gradients = None
             wanted = ctx.needs_input_grad[:2]
-            *_, d_hidden, d_weight = _walk(hidden, weight, label_ids, ctx.shard, ctx.z_loss, d_losses, *wanted)
+            _, _, d_hidden, d_weight = _walk(hidden, weight, label_ids, ctx.shard, ctx.z_loss, d_losses, *wanted)
             return d_hidden, d_weight, None, None, None
         gradients, ctx.gradients = ctx.gradients, None  # handed out once: they are scaled in place
         for gradient in gradients:

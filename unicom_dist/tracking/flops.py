@@ -35,6 +35,7 @@ def prior_flops(
         batch.label_ids.shape[0],
         batch.latents.shape[0],
         batch.features.shape[0],
+        batch.times.shape[0],
     )
     return transfusion_flops(
         config,
