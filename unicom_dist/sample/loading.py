@@ -23,6 +23,7 @@ from unicom_dist.models.codec import Codec, LatentStats
 from unicom_dist.models.encoders.base import fingerprint
 from unicom_dist.models.layers import grid_table
 from unicom_dist.models.transfusion import Transfusion
+from unicom_dist.sample.model_folder import check_folder
 
 DOCS = "docs/sampling.md"
 MODEL_INDEX = "model_index.json"
@@ -59,10 +60,11 @@ class LoadedPrior:
 def find_parts(folder: str | Path, stage: str = "") -> Parts:
     """The weights in a model folder or run directory; `stage` names a prior stage other than the last finished one.
 
-    CheckpointError: neither kind of folder, no finished codec, no such stage.
+    CheckpointError: neither kind of folder, no finished codec, no such stage; a model folder that is not whole.
     """
     folder = Path(folder)
     if (folder / MODEL_INDEX).is_file():
+        check_folder(folder)
         prior = folder / "prior"
         return Parts(folder / "codec", prior if prior.is_dir() else None)
     weights = folder / "weights"
