@@ -271,3 +271,19 @@ def test_the_command_talks_through_a_pipe(config, tmp_path, monkeypatch, capsys)
     assert f"picture: {tmp_path / '000.png'}" in said.out
     assert "no command" in said.err
     assert run(["chat", config.run_dir, "--temperature", "1", "--top-p", "2"]) == 2
+
+
+def test_the_command_edits_and_refuses_an_edit_of_nothing(config, tmp_path, capsys) -> None:
+    write_tiny_weights(config)
+    draw_shape("circle", COLOURS["red"]).save(tmp_path / "red.png")
+    shown = ["--image", str(tmp_path / "red.png"), "--out", str(tmp_path), "--steps", "2"]
+    choices = ["--image-guidance", "2", "--guidance-interval", "0", "0.5", "--renorm", "global", "--solver", "dpm"]
+    assert run(["sample", config.run_dir, "--edit", "a blue square", "--count", "2", *shown, *choices]) == 0
+    assert {"edit.png", "edit-000-a-blue-square.png", "edit-001-a-blue-square.png"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert run(["sample", config.run_dir, "--edit", "a blue square"]) == 2
+    assert run(["sample", config.run_dir, "cat", "--solver", "rk4"]) == 2
+    said = capsys.readouterr().err
+    assert "nothing to edit" in said
+    assert "--solver" in said
