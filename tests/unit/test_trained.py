@@ -19,11 +19,11 @@ def stage_of(**values: Any) -> StageConfig:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"lambda_flow": 0.0}, "mixture.text_to_image = 1 with lambda_flow = 0"),
-        ({"lambda_text": 0.0, "mixture": {"text": 1.0}}, "mixture.text = 1 with lambda_text = 0"),
+        ({"lambda_flow": 0.0}, "text_to_image in the mixture with lambda_flow = 0"),
+        ({"lambda_text": 0.0, "mixture": {"text": 1.0}}, "text in the mixture with lambda_text = 0"),
         (
             {"lambda_text": 0.0, "lambda_flow": 0.0, "mixture": {"interleaved": 2.0}},
-            "mixture.interleaved = 2 with lambda_text = 0 and lambda_flow = 0",
+            "interleaved in the mixture with lambda_text = 0 and lambda_flow = 0",
         ),
         ({"joint": {"enabled": True}, "mixture": {"image_to_text": 1.0}}, "without a task that draws"),
         ({"trainable": "connector", "mixture": {"text": 1.0}}, "trainable = connector with text alone"),

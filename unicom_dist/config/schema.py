@@ -403,8 +403,8 @@ class StageConfig(Section):
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that the mixture has."""
-        return [task for task, weight in self.mixture.model_dump().items() if weight]
+        """The tasks that the mixture has at any time of the stage."""
+        return [task for task in Mixture.model_fields if self.draws(task)]
 
     @model_validator(mode="after")
     def _learned(self) -> Self:
@@ -413,7 +413,7 @@ class StageConfig(Section):
         for task in self.tasks:
             if not any(getattr(self, weight) for weight in LEARNED_BY[task]):
                 raise Unworkable(
-                    f"mixture.{task} = {getattr(self.mixture, task):g} with " + " and ".join(f"{weight} = 0" for weight in LEARNED_BY[task]),
+                    f"{task} in the mixture with " + " and ".join(f"{weight} = 0" for weight in LEARNED_BY[task]),
                     "these samples would be computed and nothing learned of them",
                     f"mixture.{task}: 0, or a weight above 0",
                 )
