@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from unicom_dist.checkpoint.weights import read_weights, read_weights_config
 from unicom_dist.config.errors import CheckpointError
 from unicom_dist.config.load import load_recipe
-from unicom_dist.config.schema import CodecConfig, EncoderConfig, PriorConfig
+from unicom_dist.config.schema import CodecConfig, EncoderConfig, PriorConfig, QueryConfig
 from unicom_dist.data.manifest import latent_producer
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.codec import Codec, LatentStats
 from unicom_dist.models.encoders.base import fingerprint
 from unicom_dist.models.layers import grid_table
+from unicom_dist.models.query_guided import QueryGuided
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.sample.model_folder import check_folder
 
@@ -129,7 +130,9 @@ def load_prior(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         tokenizer = own_tokenizer if own_tokenizer.is_dir() else Path(config.tokenizer)
         vocabulary = Vocabulary.load(folder / "vocabulary.json", tokenizer)
         with torch.device("meta"):
-            model = Transfusion(config, vocabulary.size, content["latent_channels"], content["feature_channels"])
+            sizes = vocabulary.size, content["latent_channels"], content["feature_channels"]
+            query = QueryConfig.model_validate(content.get("query", {}))
+            model = QueryGuided(config, query, *sizes) if query.enabled else Transfusion(config, *sizes)
     except (KeyError, TypeError, ValidationError) as error:
         raise _foreign(folder, "a prior", error) from None
     # What is computed from the configuration rather than stored has to be computed again after the meta device.
@@ -194,7 +197,7 @@ def check_pair(codec: dict[str, Any], prior: dict[str, Any], folder: Path) -> No
 
 
 def default_grid(encoder: EncoderConfig) -> tuple[int, int]:
-    """(rows, columns) of latents of a square picture: what the prior draws unless asked for another grid."""
+    """(rows, columns) of the features of a square picture: what the prior draws unless asked for another grid."""
     if encoder.kind == "efficientnet-lite2":
         side = encoder.image_px // 32  # the stride of the network
     elif encoder.kind == "siglip2":

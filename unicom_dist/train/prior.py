@@ -21,13 +21,14 @@ from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.pairs import feature_channels, open_set
 from unicom_dist.data.prefetch import StepLoader
 from unicom_dist.data.text import Vocabulary
+from unicom_dist.models.attention import Plan
 from unicom_dist.models.backbone import WHOLE, Part
 from unicom_dist.models.codec import Codec, LatentStats
 from unicom_dist.models.encoders import encoder_fingerprint
 from unicom_dist.models.init import Source, fill, local_values
 from unicom_dist.models.kernels import use
 from unicom_dist.models.published import published_source
-from unicom_dist.models.segments import PackedBatch
+from unicom_dist.models.segments import PackedBatch, Segment
 from unicom_dist.models.sharding import outline
 from unicom_dist.models.share import Share
 from unicom_dist.models.transfusion import Transfusion, initial_weight
@@ -107,8 +108,12 @@ class PriorTask(Task[PackedBatch]):
             mesh.dp.rank,
             mesh.dp.size,
             expect_fingerprint=expected,
-            plan=partial(share.plan, dtype=torch.float32),  # masks serve bfloat16 queries as well
+            plan=partial(self.plan, share),
         )
+
+    def plan(self, share: Share, segments: list[Segment]) -> Plan:
+        """How a batch attends, prepared where it is made: masks of float32 serve bfloat16 queries as well."""
+        return share.plan(segments, torch.float32)
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return prior_counts(batch, self.stage.z_loss)
