@@ -8,190 +8,30 @@ in unfinished rows; it does not grow with what was consumed.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import Config, StageConfig, held_out_set
 from unicom_dist.data.balance import amounts_of, deal
-from unicom_dist.data.conversations import Conversation
-from unicom_dist.data.images import Found, Images
+from unicom_dist.data.images import Images
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.mixture import MixtureSchedule
-from unicom_dist.data.order import Order, generator_of, key_of
+from unicom_dist.data.order import Order
 from unicom_dist.data.packing import Packer
-from unicom_dist.data.pairs import captions_of, document, json_of, open_set, spread
+from unicom_dist.data.pairs import open_set, spread
+from unicom_dist.data.planning import Planned, SampleReader
 from unicom_dist.data.prefetch import BadSamples, Share, State, StepLoader
-from unicom_dist.data.samples import READING, TASKS, Arrays, Content, Layout, Layouts, Task, beside, collate
+from unicom_dist.data.samples import TASKS, Task
 from unicom_dist.data.shardset import ShardSet
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.attention import Plan
 from unicom_dist.models.codec import LatentStats
-from unicom_dist.models.flow import sample_t
 from unicom_dist.models.operations import transfusion_flops
 from unicom_dist.models.segments import PackedBatch, Segment
 
-# Share of the text-to-image samples prompted with one of the further captions (keywords) instead of the caption.
-FURTHER_CAPTIONS = 0.2
 PAIR_TASKS: tuple[Task, ...] = ("text", "text_to_image", "image_to_text")  # made of an image and its captions
 _ROWS_AT_ONCE = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A sample whose place is decided and whose arrays are not read yet."""
-
-    task: Task
-    ordinal: int  # draw number within the task
-    key: str
-    visit: int
-    layout: Layout
-    images: tuple[Found, ...]  # by number
-
-    @property
-    def length(self) -> int:
-        """Positions."""
-        return self.layout.length
-
-
-class _Reader:
-    """Plans and reads samples. `joint`: with the features of which the model makes the latents."""
-
-    def __init__(
-        self,
-        config: Config,
-        images: Images,
-        stage: str,
-        vocabulary: Vocabulary,
-        stats: LatentStats,
-        limit: int,
-        joint: bool,
-    ) -> None:
-        self.images, self.limit = images, limit
-        self._config, self._stage, self._stats, self._joint = config, stage, stats, joint
-        self._layouts = Layouts(vocabulary, config.prior)
-        self._latent_channels = stats.mean.shape[0]
-        # What is read of an image to be read, and of one to be drawn or referred to.
-        self._read = (config.encoder.kind, "features.npy", images.feature_channels)
-        self._made = self._read if joint else ("latent", "latent.npy", self._latent_channels)
-        self._reading = READING[config.prior.understanding]
-
-    def plan_pair(self, task: Task, ordinal: int, number: int, visit: int, *, training: bool = True) -> Planned:
-        """Decide on caption and layout of a pair. DataError: malformed, or longer than a row (text is cut instead)."""
-        found = Found(0, number)
-        sample = self.images.sample(found)
-        captions = captions_of(sample)
-        if task == "text":
-            return Planned(task, ordinal, sample.key, visit, self._layouts.text(document(captions), self.limit), ())
-        if task == "image_to_text":
-            layout = self._layouts.image_to_text(captions.main, self._grid(found, read=True), self._reading)
-        else:
-            prompt = captions.main
-            if training:
-                chance = key_of(self._config.seed, self._stage, sample.key, visit, "caption")
-                drop, further, which = (chance & 0xFFFFF) / 2**20, (chance >> 20 & 0xFFFFF) / 2**20, chance >> 40
-                if drop < self._config.prior.condition_dropout:
-                    prompt = ""
-                elif captions.further and further < FURTHER_CAPTIONS:
-                    prompt = captions.further[which % len(captions.further)]
-            layout = self._layouts.text_to_image(prompt, self._grid(found, read=False))
-        return self._fitting(Planned(task, ordinal, sample.key, visit, layout, (found,)))
-
-    def plan_conversation(
-        self, task: Task, ordinal: int, pairs: ShardSet, number: int, visit: int, *, training: bool = True
-    ) -> Planned:
-        """Decide on the layout of a conversation; what does not fit into a row loses its last exchanges.
-
-        DataError: malformed, an image that no set has, one exchange longer than a row.
-        """
-        sample = pairs[number]
-        conversation = Conversation.parse(json_of(sample.parts[""], sample.key), sample.key)
-        if training:
-            chance = key_of(self._config.seed, self._stage, sample.key, visit, "condition")
-            text, images = (chance & 0xFFFFF) / 2**20, (chance >> 20 & 0xFFFFF) / 2**20
-            prior = self._config.prior
-            conversation = conversation.without(
-                text=text < prior.condition_dropout, images=images < prior.reference_dropout
-            )
-
-        def grid(key: str, read: bool) -> tuple[int, int]:
-            return self._grid(self.images.find(key, sample.key), read)
-
-        while True:
-            layout, keys = conversation.layout(self._layouts, task, grid, self._reading)
-            planned = Planned(
-                task, ordinal, sample.key, visit, layout, tuple(self.images.find(key, sample.key) for key in keys)
-            )
-            shorter = conversation.shorter() if layout.length > self.limit else None
-            if shorter is None:
-                return self._fitting(planned)
-            conversation = shorter
-
-    def _grid(self, found: Found, read: bool) -> tuple[int, int]:
-        """Of an image's features if it is to be read, else of its latents. DataError: both are read and differ."""
-        grid = self.images.grid(found, *(self._read if read else self._made))
-        if read and self._config.prior.understanding != "raw" and self.images.grid(found, *self._made) != grid:
-            raise DataError(
-                f"sample {self.images.key(found)!r}: features and latents have different grids",
-                f"prior.understanding: {self._config.prior.understanding} reads both, position by position",
-                "compute the latents again, or prior.understanding: raw",
-                "docs/training.md",
-            )
-        return grid
-
-    def _fitting(self, planned: Planned) -> Planned:
-        if planned.length > self.limit:
-            what = f"sample {planned.key!r} takes {planned.length} positions as {planned.task}"
-            raise DataError(what, f"a row has {self.limit}", "raise row_positions of the stage")
-        return planned
-
-    def read(self, rows: Sequence[Planned], fixed_t: float | None = None) -> PackedBatch:
-        """The arrays, noise and times of planned samples, end to end. DataError on values that are not finite."""
-        contents = [Content(row.key, row.layout, [Arrays() for _ in row.layout.images]) for row in rows]
-        steps = [
-            (("read",), self._read, self._put_features),
-            (("reference", "draw"), self._made, self._put_latents),
-        ]
-        if self._config.prior.understanding == "dim_concat":
-            steps.append((("read",), self._made, self._add_latents))
-        for uses, (part, extension, _), put in steps:
-            wanted = [
-                (image, row.images[place.image], place.size)
-                for row, content in zip(rows, contents, strict=True)
-                for place, image in zip(row.layout.images, content.images, strict=True)
-                if place.use in uses
-            ]
-            arrays = self.images.arrays([(found, size) for _, found, size in wanted], part, extension)
-            for (image, _, _), array in zip(wanted, arrays, strict=True):
-                put(image, array)
-        for row, content in zip(rows, contents, strict=True):
-            if not any(place.use == "draw" for place in row.layout.images):
-                continue
-            generator = generator_of(self._config.seed, self._stage, row.key, row.visit)
-            for place, image in zip(row.layout.images, content.images, strict=True):
-                if place.use == "draw":
-                    t = sample_t(self._config.prior, 1, generator, place.size * self._latent_channels)
-                    image.t = float(t[0]) if fixed_t is None else fixed_t
-                    image.noise = torch.empty(place.size, self._latent_channels).normal_(generator=generator)
-        channels = self._config.prior.read_channels(self.images.feature_channels, self._latent_channels)
-        return collate(contents, self._latent_channels, channels)
-
-    def _put_features(self, image: Arrays, array: Tensor) -> None:
-        image.values = array
-
-    def _put_latents(self, image: Arrays, array: Tensor) -> None:
-        if self._joint:
-            image.target = array
-        else:
-            image.values = self._stats.normalise(array.float())
-
-    def _add_latents(self, image: Arrays, array: Tensor) -> None:
-        assert image.values is not None
-        image.values = beside(image.values, self._stats.normalise(array.float()))
 
 
 class PriorLoader(StepLoader[PackedBatch]):
@@ -235,7 +75,7 @@ class PriorLoader(StepLoader[PackedBatch]):
                 ]
         shown = [pairs, *(other for other in further.values() if other.parts)]
         images = Images(shown, config.encoder.kind)
-        self._reader = _Reader(config, images, stage.name, vocabulary, stats, stage.row_positions, joint)
+        self._reader = SampleReader(config, images, stage.name, vocabulary, stats, stage.row_positions, joint)
         sizes = {task: sum(map(len, sources)) for task, sources in self._sources.items()}
         for task in tasks:
             if not sizes[task]:
@@ -384,7 +224,7 @@ def heldout_prior_batches(
     wanted = "text_to_image" in tasks or config.prior.understanding != "raw"
     pairs = open_set(config, "heldout", latents=wanted and not joint)
     images = Images([pairs], config.encoder.kind)
-    reader = _Reader(config, images, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
+    reader = SampleReader(config, images, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
     numbers = spread(limit, len(pairs))
     for first in range(0, len(numbers), batch):
         chosen = numbers[first : first + batch]
@@ -417,7 +257,7 @@ def heldout_conversation_batches(
     further = open_conversations(config, name, latents=not joint, expect_fingerprint=None)
     shown = [open_set(config, "heldout", latents=not joint), *([further] if further.parts else [])]
     images = Images(shown, config.encoder.kind)
-    reader = _Reader(config, images, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
+    reader = SampleReader(config, images, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
     numbers = spread(limit, len(further))
     for first in range(0, len(numbers), batch):
         planned = []
