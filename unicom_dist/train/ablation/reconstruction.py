@@ -75,7 +75,8 @@ def measure(
         shown = spread(config.ablation.pictures, len(source.keys))
         originals = originals or [picture.convert("RGB") for picture in source.originals(shown)]
         judged = config.eval.model_dump(mode="json", include={"fid_path", "fid_protocol", "lpips_path"})
-        identity = {**source.identity, **judged, "shown": len(shown)}
+        drawn = config.sample.model_dump(mode="json", include={"decoder_steps", "decoder_guidance", "solver", "seed"})
+        identity = {**source.identity, **judged, "sample": drawn, "shown": len(shown)}
         measured = read(cell, identity)
         if measured is None:
             ruler = ruler or Ruler.load(config.eval, config.encoder)
