@@ -426,7 +426,8 @@ class StageConfig(Section):
 
     def draws(self, task: str) -> bool:
         """Whether the task has a weight at any time of the stage."""
-        return any(weights.get(task) for weights in (self.mixture.model_dump(), *self.mixture_changes.values()))
+        later = [weight for weights in self.mixture_changes.values() for name, weight in weights.items() if name == task]
+        return any([getattr(self.mixture, task), *later])
 
     def mixture_at(self, step: int) -> dict[str, float]:
         """Weight of every task in the step after `step` others."""
