@@ -77,6 +77,7 @@ def prepare(folder: str, zero_stage: str) -> None:
     from bench_step import configure, prepare
 
     from unicom_dist.parallel.mesh import init_mesh
+    from unicom_dist.testing.tiny_run import write_tiny_weights
     from unicom_dist.train.callbacks import Observer
     from unicom_dist.train.loop import save, start_run, train_step
     from unicom_dist.train.signals import StopRequest
@@ -84,6 +85,8 @@ def prepare(folder: str, zero_stage: str) -> None:
 
     config = configure(Path(folder), int(zero_stage))
     prepare(config)
+    # A checkpoint of the prior names the codec that made its latents.
+    write_tiny_weights(config.model_copy(update={"stages": [config.stage("codec")]}))
     stage = config.stage("pretrain")
     run = start_run(config, stage, init_mesh(config.layout(stage, 1), 60), StopRequest(), Watchdog())
     with open(os.devnull, "w") as nowhere, Observer(run, nowhere) as observer:

@@ -229,7 +229,7 @@ class ActorPool:
         return sum(self._counts.values())
 
     def _check_node(self) -> None:
-        """PreflightError once this machine's Ray is gone: whoever waits for it would wait for ever, without an error."""
+        """PreflightError once this machine's Ray is gone: whoever waits for it would wait for ever, without error."""
         if time.monotonic() < self._next_check:
             return
         self._next_check = time.monotonic() + NODE_CHECK_S

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -48,7 +49,9 @@ def methods(segments: list[Segment]) -> dict[str, Callable[[], object]]:
     look = torch.compile(create_block_mask)
 
     def sdpa(bias: torch.Tensor | None) -> object:
-        return torch.autograd.grad(F.scaled_dot_product_attention(*qkv, attn_mask=bias, enable_gqa=True), qkv, grad)
+        query, key, value = qkv
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+        return torch.autograd.grad(out, qkv, grad)
 
     def anew() -> object:
         found = look(rule, 1, 1, positions, positions, device="cuda", BLOCK_SIZE=BLOCK)
@@ -68,7 +71,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("not measured: torch sees no GPU")
         return 3
-    rows, figures, goals, over_anew = [], {}, [], []
+    rows, goals, over_anew = [], [], []
+    figures: dict[str, dict[str, Any]] = {}
     for name in LAYOUTS:
         segments = layout(name)
         positions, pairs = sum(segment.length for segment in segments), visible_pairs(segments)

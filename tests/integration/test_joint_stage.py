@@ -1,4 +1,4 @@
-"""A joint stage between a prior and a decoder stage, on one rank: start, statistics, collapse, conversion. One process."""
+"""A joint stage between a prior and a decoder stage: start, statistics, collapse, conversion. One process."""
 
 import json
 import shutil
