@@ -92,7 +92,7 @@ def packed(samples: Sequence[Row], size: Size, seed: int) -> PackedBatch:
         feature_index=read,
         feature_grid=grids["full"],
         keys=[str(n) for n in range(len(samples))],
-        tasks=["benchmark"] * len(samples),
+        tasks=["interleaved"] * len(samples),
         label_sample=torch.tensor(label_sample),
         latent_sample=torch.tensor(latent_sample, dtype=torch.int64),
     )

@@ -94,7 +94,7 @@ def test_the_shift_of_a_codec_follows_the_picture_if_asked() -> None:
     assert shift_factor(fixed, 256) == shift_factor(fixed) == 2.0
     assert shift_factor(by_size, 1024) == flux_shift(1024)
     assert shift_factor(PriorConfig(timestep_shift=3.0)) == 3.0
-    with pytest.raises(ValueError, match="number of patches"):
+    with pytest.raises(ValueError, match="size of the image"):
         shift_factor(by_size)
     few, many = (sample_t(by_size, 1000, torch.Generator().manual_seed(1), patches) for patches in (256, 4096))
     assert torch.equal(few, shift(sample_t(CodecConfig(), 1000, torch.Generator().manual_seed(1)), flux_shift(256)))

@@ -34,7 +34,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest() -> None:
     assert moved.segments == batch.segments
     assert moved.keys == ["a"]
     tensors = [value for value in (getattr(moved, name) for name in PackedBatch.__slots__) if torch.is_tensor(value)]
-    assert len(tensors) == 17
+    assert len(tensors) == 19
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.plan is None
     batch.plan = AttentionPlan.build(batch.segments, torch.float32)

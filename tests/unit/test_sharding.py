@@ -107,7 +107,7 @@ def test_an_outline_of_72b_weighs_nothing_and_its_cuts_are_even() -> None:
 
 
 def test_every_declaration_names_something() -> None:
-    names = [name for name, _ in Transfusion(CONFIG, *SIZES).named_modules()]
+    names = [name for name, _ in Transfusion(CONFIG.model_copy(update={"qk_norm": True}), *SIZES).named_modules()]
     joint = {"compressor", "reconstruct"}  # of JointPrior
     unused = {d.pattern for d in declarations(CONFIG)} - joint
     assert [pattern for pattern in unused if not any(fnmatchcase(name, pattern) for name in names)] == []
