@@ -193,6 +193,7 @@ def test_every_picture_is_there_once_after_kills(config: Config, tmp_path: Path,
         assert keys == [f"{number:06d}-000" for number in range(1, 61)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # three starts of an actor, each of which imports torch
 def test_a_killed_actor_is_replaced_and_any_number_of_workers_draws_the_same(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -201,7 +201,7 @@ def test_a_second_job_on_the_same_folder_is_refused(config: Config, pictures: Pa
         reconstruct.run(config.run_dir, pictures, out, QUICK)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_the_command_draws_the_same_on_any_number_of_workers(
     config: Config, pictures: Path, tmp_path: Path, workers: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
