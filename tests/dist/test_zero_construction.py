@@ -65,7 +65,8 @@ def build(stage: int, precision: str, mesh: Mesh, watched: list[int]) -> ZeroEng
 
 def work(rank: int, world: int) -> dict[object, object]:
     mesh, found = init_mesh(timeout_s=60), {}
-    import_deepspeed(mesh.device)
+    deepspeed = import_deepspeed(mesh.device)
+    deepspeed.zero.Init.param_id += rank  # as after engines of pp_stages with unequal numbers of parameters
     gc.freeze()
     for stage in (1, 2, 3):
         for precision in ("float32", "bfloat16"):

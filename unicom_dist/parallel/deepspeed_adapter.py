@@ -120,6 +120,18 @@ def scope_order_check(deepspeed: Any) -> None:
     setattr(coordinator, name, ORDER.note)
 
 
+def number_alike(deepspeed: Any, mesh: Mesh) -> None:
+    """Let the ranks of `mesh.zero` give the next parameters equal numbers, by which the order check tells them.
+
+    DeepSpeed counts on over all engines of a process, and ranks that held different pp_stages before have counted
+    differently. Collective over `mesh.zero`.
+    """
+    init = deepspeed.zero.Init
+    if not isinstance(getattr(init, "param_id", None), int):
+        raise other_version(deepspeed, ["zero.Init.param_id"])
+    init.param_id = int(mesh.zero.max(torch.tensor([init.param_id], device=mesh.device)))
+
+
 class Groups:
     """The `mpu` object that DeepSpeed asks for its process groups. To it the world is `mesh.zero` and nothing else.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unicom_dist.config.errors import ConfigError
 from unicom_dist.config.layout import DOCS
-from unicom_dist.parallel.deepspeed_adapter import Groups, other_version
+from unicom_dist.parallel.deepspeed_adapter import Groups, number_alike, other_version
 from unicom_dist.parallel.engine import Buffers, Fragment, OptimizerConfig, decay_groups, fragments_of, pieces_of
 from unicom_dist.parallel.mesh import Mesh
 
@@ -120,6 +120,7 @@ class ParameterShards(Shards):
                 "parallel.offload = cpu, or train all weights",
                 DOCS,
             )
+        number_alike(deepspeed, self.mesh)
         first: Any = None
         for name, parameter in self.module.named_parameters():
             p: Any = parameter
