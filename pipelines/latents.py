@@ -203,7 +203,8 @@ def run(config: Config) -> list[Manifest]:
         manifests = [write_manifest(part, ledger, fingerprint, producer) for part in sets]
         images = sum(task.samples for part in sets for task in part.tasks)
         check_bad(config.data.max_bad_fraction, manifests, images, "run `unicom features run` again")
-        stats = _statistics(sets, ledger)
+        measured = _statistics(sets, ledger)
+    stats = measured if config.codec.latent_scale == "channel" else measured.shared()
     replace_file(target / "stats.json", (json.dumps(stats.to_json(), indent=1) + "\n").encode())
     if settings.get("stats") != stats.to_json():
         settings["stats"] = stats.to_json()
@@ -212,7 +213,7 @@ def run(config: Config) -> list[Manifest]:
     for part, manifest in zip(sets, manifests, strict=True):
         state = "written" if any(task in part.tasks for task in todo) else "already there"
         log.info("%s: latents of %d images, %.1f MB, %s", part.name, manifest.samples, manifest.bytes / 1e6, state)
-    std = stats.std
+    std = measured.std
     log.info("latents: %d channels, std %.3g to %.3g", len(std), float(std.min()), float(std.max()))
     return manifests
 

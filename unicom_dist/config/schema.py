@@ -203,6 +203,9 @@ class CodecConfig(Section):
 
     compressor: CompressorConfig = CompressorConfig()
     decoder: DecoderConfig = DecoderConfig()
+    latent_scale: Literal["channel", "shared"] = Field(
+        "channel", description="what the prior divides latents by: each channel by its own deviation, or all by one, so that channels keep the weight they have in the picture"
+    )
     latent_noise_tau: NonNegative = Field(0.0, description="decoder sees latents plus noise of std tau x U(0, 1), in latent stds")
     flow_remaining: Fraction = Field(0.0, description="c: the flow error is weighted by ((1-t) / max(1-t, c))^2; 0 = not weighted, 1 = error of the clean image")
     perceptual: Literal["none", "lpips-alex", "lpips-vgg", "efficientnet-lite2", "resnet50"] = Field(
@@ -620,6 +623,12 @@ class Config(Section):
                     f"stages.{stage.name}.joint.enabled = true with codec.compressor.kind = identity",
                     "an identity has nothing to train",
                     "codec.compressor.kind: attention or mlp, or joint.enabled: false",
+                )
+            if stage.joint.enabled and self.codec.latent_scale == "shared":
+                raise Unworkable(
+                    f"stages.{stage.name}.joint.enabled = true with codec.latent_scale = shared",
+                    "the latents of a joint stage are normalised by running deviations, channel by channel",
+                    "codec.latent_scale: channel, or joint.enabled: false",
                 )
             if stage.joint.enabled and (compressor.spatial != "none" or compressor.bottleneck == "kl"):
                 key = "spatial" if compressor.spatial != "none" else "bottleneck"

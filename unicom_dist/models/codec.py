@@ -67,6 +67,10 @@ class LatentStats:
         """z std + mean over the last axis, in z's dtype."""
         return (latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)).to(latents.dtype)
 
+    def shared(self) -> "LatentStats":
+        """The same means, and for all channels one deviation: the root of their mean variance."""
+        return LatentStats(self.mean, self.std.square().mean().sqrt().expand_as(self.std).clone())
+
     def to_json(self) -> dict[str, list[float]]:
         """Plain lists, for `config.json` and `latents/stats.json`."""
         return {"mean": self.mean.tolist(), "std": self.std.tolist()}

@@ -73,7 +73,8 @@ class CodecTask(Task[CodecBatch]):
         if self.config.codec.compressor.start == "linear" and first:
             if self._start is None:
                 batches = fixed_codec_batches(self.config, "train", 0.0, PICTURES)
-                self._start = linear_start(module.compressor, (self._inputs(b.to(mesh.device)) for b in batches))
+                inputs = (self._inputs(batch.to(mesh.device)) for batch in batches)
+                self._start = linear_start(module.compressor, inputs, self.config.codec.latent_scale == "channel")
             set_start(module.compressor, self._start)
         if self.config.codec.encoder_trainable:
             module.encoder = TrainedEncoder(self.config.encoder)

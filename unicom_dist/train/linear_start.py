@@ -35,9 +35,10 @@ class Regression:
         new = (x.sum(0), y.sum(0), x.T @ x, x.T @ y)
         self._sums = [old + one.double() for old, one in zip(self._sums, new, strict=True)]
 
-    def components(self, limit: int) -> tuple[Tensor, Tensor]:
-        """Weight [r, D] and bias [r] that map x to the largest r <= limit components of the fitted y, of unit variance.
+    def components(self, limit: int, whiten: bool) -> tuple[Tensor, Tensor]:
+        """Weight [r, D] and bias [r] that map x to the largest r <= limit components of the fitted y.
 
+        Whitened, each has variance 1; else each keeps its share of the fit, and they have variance 1 on average.
         ValueError on no rows.
         """
         if not self._count:
@@ -49,15 +50,16 @@ class Regression:
         variance, axes = torch.linalg.eigh(fit.T @ covariance @ fit)
         variance, axes = variance.flip(0)[:limit], axes.flip(1)[:, :limit]
         kept = variance > LEAST * variance[0]
-        weight = ((fit @ axes[:, kept]) / variance[kept].sqrt()).T
+        scale = variance[kept] if whiten else variance[kept].mean()
+        weight = ((fit @ axes[:, kept]) / scale.sqrt()).T
         return weight.float(), -(weight @ mean_x).float()
 
 
 @torch.no_grad()
-def linear_start(compressor: Compressor, batches: Iterable[CodecBatch]) -> tuple[Tensor, Tensor]:
+def linear_start(compressor: Compressor, batches: Iterable[CodecBatch], whiten: bool) -> tuple[Tensor, Tensor]:
     """Weight and bias for the first rows of the compressor's linear path; it and its other weights are on the CPU.
 
-    batches: with what the decoder draws. The result is the same on every rank that is given the same ones.
+    batches: with what the decoder draws. whiten: as for `Regression.components`. The result is the same on every rank that is given the same ones.
     """
     seen: list[Tensor] = []
     hook = _block(compressor).straight.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -73,7 +75,7 @@ def linear_start(compressor: Compressor, batches: Iterable[CodecBatch]) -> tuple
                 regression.add(x[real], under_tokens(target, rows, columns, side))
     finally:
         hook.remove()
-    return regression.components(compressor.config.channels)
+    return regression.components(compressor.config.channels, whiten)
 
 
 def under_tokens(target: Tensor, rows: int, columns: int, side: int) -> Tensor:
