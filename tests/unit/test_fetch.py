@@ -95,6 +95,26 @@ def test_offline_is_a_clear_error(tmp_path: Path, toy: str, monkeypatch: pytest.
     assert list((tmp_path / "assets").iterdir()) == []
 
 
+def test_a_source_package_is_downloaded_without_running_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "served").mkdir()
+    members = {
+        "toy_source-1.0/setup.py": f"open({str(ran)!r}, 'w'); import setuptools; setuptools.setup()".encode(),
+        "toy_source-1.0/PKG-INFO": b"Metadata-Version: 2.1\nName: toy-source\nVersion: 1.0\n",
+    }
+    served = archive(tmp_path / "served" / "toy_source-1.0.tar.gz", members)
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(served.parent), "EXTRA_INDEX_URL": ""}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    digest = hashlib.sha256(served.read_bytes()).hexdigest()
+    (tmp_path / "got").mkdir()
+    got = fetch.download(Package("PyPI", "toy-source", "1.0", digest, 0.1, "MIT"), tmp_path / "got")
+    assert got.read_bytes() == served.read_bytes()
+    assert not ran.exists()
+    (tmp_path / "again").mkdir()
+    with pytest.raises(DataError, match="not the file this project was written for"):
+        fetch.download(Package("PyPI", "toy-source", "1.0", "0" * 64, 0.1, "MIT"), tmp_path / "again")
+
+
 def test_a_full_disk_is_noticed_before_the_download(tmp_path: Path, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage)
