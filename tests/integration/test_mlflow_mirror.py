@@ -21,6 +21,8 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from unicom_dist.config.schema import TrackingConfig
+from unicom_dist.tracking import report
+from unicom_dist.tracking.env import write_env
 from unicom_dist.tracking.metrics import MetricsWriter
 from unicom_dist.tracking.mirror import start_mirror, sync, tracking_uri, ui_command
 from unicom_dist.tracking.mlflow_runs import MlflowRuns
@@ -199,13 +201,18 @@ def test_a_mirror_follows_a_run_to_its_end(run_dir: Path) -> None:
 def test_a_server_that_is_not_there_is_said_and_loses_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     port = free_port()
-    away = TrackingConfig(mlflow_uri=f"http://user:secret@127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:s3cret@127.0.0.1:{port}")
     log_steps(run_dir, 1, 3)
-    result = sync(run_dir, away, timeout_s=8)
+    write_env(run_dir, [])
+    result = sync(run_dir, timeout_s=8)
     assert not result.sent
     assert result.ui_command == ""
     assert f"127.0.0.1:{port}" in result.message
-    assert "secret" not in result.message + (run_dir / "mlflow.json").read_text()
+    report.run([str(run_dir)])
+    written = [path.read_text() for path in run_dir.rglob("*") if path.is_file()]
+    assert len(written) > 4
+    assert "s3cret" not in result.message + "".join(written)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert sync(run_dir, TrackingConfig()).sent
     (runs,) = (
         t["runs"] for uri, t in json.loads((run_dir / "mlflow.json").read_text())["targets"].items() if "sql" in uri
@@ -262,5 +269,7 @@ def test_where_metrics_go(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert tracking_uri(run_dir, TrackingConfig()) == "http://there:5000"
     assert tracking_uri(run_dir, TrackingConfig(mlflow_uri="sqlite:///x.db")) == "sqlite:///x.db"
     assert ui_command("http://there:5000") == ""
+    assert "pw" not in ui_command("postgresql://me:pw@there/db")
     assert without_credentials("https://me:pw@there:5000/x") == "https://there:5000/x"
+    assert without_credentials("https://me:p@w@there:5000/x, then") == "https://there:5000/x, then"
     assert without_credentials("sqlite:////a/b@c.db") == "sqlite:////a/b@c.db"

@@ -150,6 +150,11 @@ def test_several_problems_are_all_named(tmp_path):
         (["stages.sft.kind=latents"], "stages.sft: steps = 20", "remove"),
         (["codec.compressor.spatial=pool", "stages.sft.joint={enabled: true}"], JOINT + "spatial", "spatial: none"),
         (
+            ["codec.latent_scale=shared", "stages.sft.joint={enabled: true}"],
+            "stages.sft.joint.enabled = true with codec.latent_scale = shared",
+            "latent_scale: channel",
+        ),
+        (
             ["codec.compressor.bottleneck=kl", "stages.sft.joint={enabled: true}"],
             JOINT + "bottleneck",
             "bottleneck: none",
@@ -166,6 +171,14 @@ def test_combinations_that_cannot_work_say_what_would(tmp_path, overrides, what,
     assert error.what.startswith(what)
     assert error.why
     assert remedy in error.remedy
+
+
+@pytest.mark.parametrize("uri", ["http://user:s3cret@host:5000", "postgresql://s3cret@host/runs"])
+def test_credentials_are_refused_where_they_would_be_written_down(tmp_path, uri):
+    error = refused(write(tmp_path, MINIMAL), f"tracking.mlflow_uri={uri}")
+    assert error.what == "tracking: mlflow_uri with a user name or password"
+    assert "MLFLOW_TRACKING_PASSWORD" in error.remedy
+    assert "s3cret" not in str(error)
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "stages..steps=3", "seed=[1", "name.x=3", "stages.cdoec.steps=3"])

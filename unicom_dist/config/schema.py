@@ -5,6 +5,7 @@ section are validators of the section that holds both. Imports no torch.
 """
 
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
@@ -518,6 +519,16 @@ class TrackingConfig(Section):
     mlflow: bool = Field(True, description="also send everything to MLflow, from a process of its own")
     mlflow_uri: str = Field("", description="tracking URI; empty = MLFLOW_TRACKING_URI, else sqlite in the run directory's parent")
     experiment: str = Field("unicom", description="MLflow experiment")
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> Self:
+        if "@" in urlsplit(self.mlflow_uri).netloc:
+            raise Unworkable(
+                "mlflow_uri with a user name or password",
+                "a run's configuration is written to files, to MLflow and into the report",
+                "leave them out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or give the whole address as MLFLOW_TRACKING_URI",
+            )
+        return self
 
 
 class Config(Section):

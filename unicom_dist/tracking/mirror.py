@@ -18,8 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from unicom_dist.config.errors import ConfigError
 from unicom_dist.config.schema import TrackingConfig
-from unicom_dist.tracking.rundir import read_config, without_credentials
+from unicom_dist.tracking.rundir import CONFIG_FILE, read_config, without_credentials
 from unicom_dist.tracking.status import Status, process_alive, read_status
 
 log = logging.getLogger("unicom_dist.tracking.mirror")
@@ -46,14 +49,18 @@ def ui_command(uri: str) -> str:
     """The command that opens the MLflow UI of a local store on loopback; "" where a server shows its own."""
     if uri.startswith(("http://", "https://", "databricks")):
         return ""
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)} --host 127.0.0.1"
+    return f"mlflow ui --backend-store-uri {shlex.quote(without_credentials(uri))} --host 127.0.0.1"
 
 
 def read_tracking(run_dir: str | Path) -> TrackingConfig:
-    """The `tracking` section of the run's config.yaml; the defaults where it has none."""
+    """The `tracking` section of the run's config.yaml; the defaults where it has none. ConfigError: not valid."""
     section = read_config(run_dir).values.get("tracking", {})
     known = {key: value for key, value in section.items() if key in TrackingConfig.model_fields}
-    return TrackingConfig(**known)
+    try:
+        return TrackingConfig(**known)
+    except ValidationError as error:
+        where = f"{Path(run_dir) / CONFIG_FILE}: section tracking"
+        raise ConfigError(where, error.errors()[0]["msg"], "correct it there", "docs/tracking.md") from None
 
 
 def start_mirror(run_dir: str | Path, tracking: TrackingConfig) -> subprocess.Popen[bytes] | None:
@@ -101,7 +108,7 @@ def sync(run_dir: str | Path, tracking: TrackingConfig | None = None, timeout_s:
     if done.returncode == _EXIT_BUSY:
         return SyncResult(False, "a mirror of this run is still sending to MLflow", ui_command(uri))
     lines = done.stderr.strip().splitlines()
-    reason = lines[-1] if lines else "no answer"
+    reason = without_credentials(lines[-1]) if lines else "no answer"
     return SyncResult(False, f"MLflow at {shown} is not up to date, run this again later: {reason}", ui_command(uri))
 
 

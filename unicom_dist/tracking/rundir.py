@@ -68,4 +68,4 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def without_credentials(text: str) -> str:
     """`text` with `user:password@` taken out of every address in it, fit for files and screens."""
-    return re.sub(r"://[^/\s@]+@", "://", text)
+    return re.sub(r"://[^/\s]+@", "://", text)  # up to the last @: a password may hold one
