@@ -81,7 +81,10 @@ test-all: install
 	$(call phase,slow tests and all others,$(BIN)/python -m pytest)
 
 bench: install
-	@for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit $$?; done
+	$(call phase,peers,$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench]')
+	@missed=; for bench in benchmarks/bench_*.py; do \
+	  echo "== $$bench"; $(BIN)/python $$bench || missed="$$missed $${bench#benchmarks/}"; done; \
+	if [ -n "$$missed" ]; then echo "== bench: not every goal met, or not run to its end:$$missed"; exit 1; fi
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -86,23 +86,27 @@ def importable(module: str) -> bool:
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure and the bound it is held against."""
+    """A figure and the bound it is held against. None: the peer is not installed; the goal does not count as met."""
 
     what: str
-    value: float
+    value: float | None
     bound: float
     at_least: bool = True
     unit: str = "x"
 
     @property
     def met(self) -> bool:
-        """Whether the figure is on the right side of its bound."""
+        """Whether the figure was measured and is on the right side of its bound."""
+        if self.value is None:
+            return False
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
     def row(self) -> list[str]:
         """For the table."""
         sign = "≥" if self.at_least else "≤"
         goal = f"{sign} {self.bound:g} {self.unit}"
+        if self.value is None:
+            return [self.what, "", goal, "not measured"]
         return [self.what, f"{self.value:.2f} {self.unit}", goal, "met" if self.met else "MISSED"]
 
 
