@@ -1,6 +1,7 @@
 """Features into latents and their statistics, in one process. About 10 s with the one feature job it needs."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from unicom_dist.testing.shards import write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.testing.tiny_run import tiny_codec, write_tiny_weights
 from unicom_dist.tracking.metrics import read_metrics
+from unicom_dist.train.pipeline import note_latents
 
 
 def write_features(config: Config) -> None:
@@ -81,6 +83,13 @@ def test_latents_are_the_compressors_and_statistics_those_of_the_training_set(co
     torch.testing.assert_close(stats.std, reference.std, rtol=1e-4, atol=1e-5)
     assert json.loads((run / "weights" / "codec" / "config.json").read_text())["stats"] == stats.to_json()
 
+    one = config.model_copy(update={"codec": config.codec.model_copy(update={"latent_scale": "shared"})})
+    latents.run(one)  # only the statistics change
+    shared = LatentStats.from_json(json.loads((run / "latents" / "stats.json").read_text()))
+    assert torch.equal(shared.mean, stats.mean)
+    assert shared.std.unique().numel() == 1
+    torch.testing.assert_close(shared.std.square().mean(), stats.std.square().mean())
+
 
 @pytest.mark.parametrize(
     "keys", [{"spatial": "pool"}, {"spatial": "resampler", "bottleneck": "tanh"}, {"bottleneck": "kl"}]
@@ -130,12 +139,13 @@ def test_moments_merge_to_those_of_the_union() -> None:
 
 
 def test_a_second_run_writes_nothing_and_another_codec_replaces_the_latents(config: Config) -> None:
-    latents.run(config)
+    note = partial(note_latents, config)
+    latents.run(config, note)
     run = Path(config.run_dir)
     files = sorted((run / "latents").rglob("*.latent.tar"))
     stamps = [path.stat().st_mtime_ns for path in files]
     before = [path.read_bytes() for path in files]
-    latents.run(config)
+    latents.run(config, note)
     assert [path.stat().st_mtime_ns for path in files] == stamps
     states = [(r.kind, r.stage, r.values["state"]) for r in read_metrics(run)]
     assert states == [("stage", "latents", "running"), ("stage", "latents", "done")]

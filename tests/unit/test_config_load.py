@@ -197,6 +197,11 @@ def test_missing_recipe_names_the_nearest(name, remedy):
     assert remedy in refused(name).remedy
 
 
+def test_missing_recipe_names_the_nearest_of_its_folder(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    assert refused(tmp_path / "smal.yaml").remedy == f"did you mean {path}?"
+
+
 def test_folder_without_configuration_is_no_recipe(tmp_path):
     assert "config.yaml" in refused(tmp_path).why
 
@@ -211,6 +216,17 @@ def test_missing_base_names_the_file_beside_it(tmp_path):
     write(tmp_path, MINIMAL)
     error = refused(write(tmp_path, "base: smal.yaml\nname: x\n", "child.yaml"))
     assert error.remedy == "did you mean small.yaml?"
+    error = refused(write(tmp_path, "base: quikstart.yaml\nname: x\n", "child.yaml"))
+    assert error.remedy == "did you mean quickstart.yaml?"
+
+
+def test_a_base_that_is_not_beside_the_recipe_is_an_installed_one(tmp_path):
+    path = write(tmp_path, "base: unicom_7b/codec.yaml\nname: mine\n", "child.yaml")
+    loaded = load_recipe(path)
+    assert loaded.config.name == "mine"
+    assert loaded.origins["codec.decoder.space"].startswith("recipes/unicom_7b/")
+    write(tmp_path, MINIMAL, "quickstart.yaml")  # what is beside it comes first
+    assert load_recipe(write(tmp_path, "base: quickstart.yaml\n", "child.yaml")).config.name == "small"
 
 
 @pytest.mark.parametrize("base", ["[a.yaml]", "3", "''", "{a: 1}"])

@@ -31,7 +31,7 @@ def test_components_are_those_of_least_squares(monkeypatch: pytest.MonkeyPatch) 
     centred, target = (x - x.mean(0)).double(), (y - y.mean(0)).double()
     fitted = centred @ torch.linalg.lstsq(centred, target).solution
     for limit in (3, 7, 20):
-        weight, bias = regression.components(limit)
+        weight, bias = regression.components(limit, whiten=True)
         found = (x @ weight.T + bias).double()
         assert weight.shape == (min(limit, 7), 12)
         torch.testing.assert_close(found.mean(0), torch.zeros(len(weight)).double(), atol=1e-3, rtol=0)
@@ -40,6 +40,11 @@ def test_components_are_those_of_least_squares(monkeypatch: pytest.MonkeyPatch) 
         best = u[:, :limit] * s[:limit] @ v[:limit]
         again = found @ torch.linalg.lstsq(found, target).solution
         torch.testing.assert_close(again, best, atol=5e-3, rtol=0)
+        weight, bias = regression.components(limit, whiten=False)
+        scaled = (x @ weight.T + bias).double()
+        shares = s.square()[: len(weight)] / s.square()[: len(weight)].mean()  # of the fit, by component
+        torch.testing.assert_close(scaled.square().mean(0), shares, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(scaled, found * shares.sqrt(), atol=2e-3, rtol=0)
 
 
 def test_tokens_have_their_part_of_the_picture_under_them() -> None:
@@ -72,10 +77,10 @@ def test_start_reads_the_pictures_and_not_the_padding() -> None:
     config = CodecConfig(compressor=CompressorConfig(channels=16, heads=2, attention_width=8, start="linear"))
     compressor = Codec(config, 20).compressor
     batch = batch_of([(4, 4), (2, 2), (4, 4), (4, 4)], 20)
-    weight, bias = linear_start(compressor, [batch])
+    weight, bias = linear_start(compressor, [batch], whiten=True)
     assert weight.shape == (12, 20)
     other = replace(batch, features=torch.where(batch.mask[..., None], batch.features, -3.0))
-    torch.testing.assert_close(linear_start(compressor, [other])[0], weight)
+    torch.testing.assert_close(linear_start(compressor, [other], whiten=True)[0], weight)
     rest = compressor.block.straight.weight[12:].clone()  # type: ignore[union-attr]
     set_start(compressor, (weight, bias))
     read: list[Tensor] = []
