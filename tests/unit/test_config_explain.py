@@ -75,13 +75,24 @@ def test_choices_and_limits_are_part_of_the_type():
     assert "<= 1" in share.type
 
 
-def test_explaining_an_unknown_key_names_the_nearest():
+def test_types_of_sections_with_free_keys_say_what_belongs_to_a_key():
+    assert explain("deepspeed.extra")[0].type == "{text: any value}"
+    assert explain("stages.sft.mixture_changes")[0].type.startswith("{whole number: {one of text, ")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("codec.decodr.patch_px", "codec.decoder.patch_px"),
+        ("patch_px", "codec.decoder.patch_px"),
+        ("stages.sft.stepz", "stages.<name>.steps"),
+        ("stages.<name>.stepz", "stages.<name>.steps"),
+    ],
+)
+def test_explaining_an_unknown_key_names_the_nearest(key, nearest):
     with pytest.raises(ConfigError) as caught:
-        explain("codec.decodr.patch_px")
-    assert "codec.decoder.patch_px" in caught.value.remedy
-    with pytest.raises(ConfigError) as caught:
-        explain("patch_px")
-    assert "codec.decoder.patch_px" in caught.value.remedy
+        explain(key)
+    assert nearest in caught.value.remedy
 
 
 def test_difference_lists_exactly_the_changed_keys():

@@ -94,7 +94,7 @@ def explain(key: str, loaded: Loaded | None = None) -> list[Explanation]:
             if _below(key, name) or _below(key, pattern):
                 origin = "" if loaded is None else loaded.origins.get(name, DEFAULT)
                 rows.append(_explanation(name, field, values.get(name), origin))
-    if not rows and key.startswith("stages."):
+    if not rows and key.startswith("stages.") and not key.startswith("stages.<name>"):
         # Without a recipe, or with one that has no such stage, a stage's key is explained in general.
         tail = key.split(".", 2)[2:]
         if tail and (loaded is None or key.split(".")[1] in [stage.name for stage in loaded.config.stages]):
@@ -124,7 +124,7 @@ def diff(left: Config, right: Config) -> list[Difference]:
 
 def type_name(annotation: Any) -> str:
     """An annotation as a reader would say it: `whole number`, `one of a, b`, `list of text`."""
-    simple = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    simple = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any value"}
     if annotation in simple:
         return simple[annotation]
     arguments = [part for part in get_args(annotation) if part is not type(None)]
@@ -132,6 +132,8 @@ def type_name(annotation: Any) -> str:
         return f"one of {', '.join(str(part) for part in arguments)}"
     if get_origin(annotation) is list:
         return f"list of {type_name(arguments[0])}"
+    if get_origin(annotation) is dict:
+        return f"{{{type_name(arguments[0])}: {type_name(arguments[1])}}}"
     if get_origin(annotation) is tuple:
         return f"{len(arguments)} values, each a {type_name(arguments[0])}"
     if get_origin(annotation) in (Union, UnionType):

@@ -74,12 +74,13 @@ def find_recipe(path_or_name: str | Path) -> Path:
             if candidate.is_file():
                 return candidate
     installed = installed_recipes()
-    stem = given.name.removesuffix(".yaml")
-    near = difflib.get_close_matches(stem, [name.removesuffix(".yaml") for name in installed], 1, 0.5)
+    known = {name.removesuffix(".yaml"): f"recipes/{name}" for name in installed}
+    known |= {item.stem: str(item) for item in given.parent.glob("*.yaml")}
+    near = difflib.get_close_matches(given.name.removesuffix(".yaml"), known, 1, 0.5)
     raise ConfigError(
         f"recipe {str(given)!r} not found",
         "there is no such file here, and no recipe of this name is installed",
-        f"did you mean recipes/{near[0]}.yaml?" if near else f"installed: {', '.join(installed) or 'none'}",
+        f"did you mean {known[near[0]]}?" if near else f"installed: {', '.join(installed) or 'none'}",
         DOCS,
     )
 
@@ -120,14 +121,14 @@ def _read_chain(path: Path, above: list[Path]) -> Tree:
             "write for example `base: quickstart.yaml`",
             DOCS,
         )
-    parent = path.parent / value
-    if not parent.is_file():
-        beside = sorted(item.name for item in parent.parent.glob("*.yaml")) if parent.parent.is_dir() else []
-        near = difflib.get_close_matches(parent.name, beside, 1, 0.5)
+    parent = next((place / value for place in (path.parent, RECIPES) if (place / value).is_file()), None)
+    if parent is None:
+        known = [*sorted(item.name for item in (path.parent / value).parent.glob("*.yaml")), *installed_recipes()]
+        near = difflib.get_close_matches(Path(value).name, known, 1, 0.5)
         raise ConfigError(
             f"base = {value} ({base.origin}) not found",
-            f"a base is looked for beside the recipe that names it, in {path.parent}",
-            f"did you mean {near[0]}?" if near else f"there: {', '.join(beside) or 'no recipes'}",
+            f"a base is looked for beside the recipe that names it, in {path.parent}, then among those installed",
+            f"did you mean {near[0]}?" if near else f"there: {', '.join(known)}",
             DOCS,
         )
     return trees.merge(_read_chain(parent, [*above, resolved]), tree)

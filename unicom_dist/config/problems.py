@@ -35,7 +35,9 @@ def explain_problems(error: ValidationError, data: Any, origins: dict[str, str],
     problems = [_problem(item, data, origins) for item in error.errors()]
     if len(problems) == 1:
         return problems[0]
-    listed = "\n".join(f"        {item.what}: {item.why}; {item.remedy}" for item in problems)
+    listed = "\n".join(
+        f"        {item.what}: {'; '.join(text for text in (item.why, item.remedy) if text)}" for item in problems
+    )
     return ConfigError(f"{len(problems)} values in {recipe} cannot work", "\n" + listed, "change each as said", DOCS)
 
 
