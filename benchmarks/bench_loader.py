@@ -3,7 +3,10 @@
 A sample is a latent [256, 64] float16 (32 KiB) and a caption in JSON; the product is a batch array of 64 latents and
 the captions' bytes. The tars are in the page cache. `copy` copies the same bytes out of a memory map into such a batch,
 from offsets known beforehand, and does nothing else: what any reader that copies has to spend. Both go in random
-order, the peers in the order of the tars. Resuming is the wall time of `load_state_dict` at positions up to 10^12.
+order, the peers in the order of the tars. The same reader behind a worker process of torch's DataLoader, and the whole
+`PriorLoader` with latents of that size (captions, packing, noise and times), stand beside it. The clock is CPU time, of
+the worker process as well. Resuming is wall time, at positions up to 10^12: of `load_state_dict`, and until the first
+packed row is there.
 
     python benchmarks/bench_loader.py [--samples 3000] [--rounds 7]
 """
@@ -17,16 +20,17 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import psutil
 import torch
-from common import Goal, Timing, importable, interleaved, publish
+from common import Goal, Timing, importable, in_turn, interleaved, publish
 
-from unicom_dist.config.schema import Config
 from unicom_dist.data.loader import PriorLoader, build_vocabulary
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import gather, read_npy, write_npy
@@ -37,6 +41,9 @@ from unicom_dist.testing.shards import write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 
 TOKENS, CHANNELS, BATCH, SHARDS = 256, 64, 64, 3
+ROWS = 100  # packed rows per round
+COPY, OURS, WORKER, PRIOR = "copy out of the map", "ours", "ours in a DataLoader worker", "prior loader"
+WEBDATASET, ENERGON = "webdataset", "energon"
 PASSES = 10  # over the data per round, for the readers that take milliseconds
 ARRAY_BYTES = TOKENS * CHANNELS * 2
 
@@ -78,18 +85,51 @@ def copy_out(folder: Path, order: list[int]) -> Callable[[], None]:
     return run
 
 
-def ours(folder: Path, order: list[int]) -> Callable[[], None]:
+class Batches:
     """What the loaders do: random access through the index, arrays checked and gathered into a batch."""
-    pairs = ShardSet(folder)
+
+    def __init__(self, folder: Path) -> None:
+        self._pairs = ShardSet(folder)
+
+    def __getitem__(self, chosen: list[int]) -> tuple[torch.Tensor, list[bytes]]:
+        latents, texts = self._pairs.columns(chosen, "latent.npy", "json")
+        batch = gather(latents, lambda n: self._pairs.key(chosen[n])).view(len(chosen), TOKENS, CHANNELS)
+        return batch, [bytes(text) for text in texts]
+
+
+def ours(folder: Path, order: list[int]) -> Callable[[], None]:
+    """`Batches` in this process."""
+    batches = Batches(folder)
 
     def run() -> None:
         for first in [*range(0, len(order), BATCH)] * PASSES:
-            chosen = order[first : first + BATCH]
-            latents, texts = pairs.columns(chosen, "latent.npy", "json")
-            gather(latents, lambda n: pairs.key(chosen[n])).view(len(chosen), TOKENS, CHANNELS)  # noqa: B023
-            _ = [bytes(text) for text in texts]
+            batches[order[first : first + BATCH]]
 
     return run
+
+
+def data_loader(folder: Path, order: list[int]) -> Callable[[], None]:
+    """`Batches` in a worker process of torch's DataLoader, which lives as long as this one."""
+    chosen = [order[first : first + BATCH] for first in range(0, len(order), BATCH)] * PASSES
+    loader: Any = torch.utils.data.DataLoader(
+        Batches(folder),  # type: ignore[arg-type]
+        sampler=chosen,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=1,
+        persistent_workers=True,
+    )
+
+    def run() -> None:
+        for _ in loader:
+            pass
+
+    return run
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and of its worker process."""
+    workers = [child.cpu_times() for child in psutil.Process().children()]
+    return time.process_time() + sum(used.user + used.system for used in workers)
 
 
 def webdataset_raw(folder: Path) -> Callable[[], None]:
@@ -188,33 +228,49 @@ def take(iterator: Iterator[Any], count: int) -> Iterator[Any]:
         yield item
 
 
-def prior_loader(folder: Path) -> tuple[PriorLoader, Config]:
+def prior_loader(folder: Path) -> PriorLoader:
     """The loader of a prior stage over latents of the same size, with captions, packing, noise and times."""
     config = tiny_config(folder, codec={"compressor": {"channels": CHANNELS}}, prior={"vocabulary": "full"})
     write_tiny_assets(folder)
     write_tiny_sets(config, 512, 1, grids=[(16, 16)], shard_samples=256)
-    stage = config.stage("pretrain").model_copy(update={"row_positions": 4096, "batch": 4})
+    stage = config.stage("pretrain").model_copy(update={"row_positions": 4096, "batch": 1, "micro_batches": 1})
     stats = LatentStats(torch.zeros(CHANNELS), torch.ones(CHANNELS))
-    return PriorLoader(config, stage, build_vocabulary(config), stats), config
+    return PriorLoader(config, stage, build_vocabulary(config), stats)
 
 
-def resume_times(loader: PriorLoader) -> dict[str, Timing]:
-    """Wall seconds of `load_state_dict`, by samples consumed per task; caches are filled before."""
-    loader.next_step()
-    start = loader.state_dict()
-    times = {}
+def packed_rows(loader: PriorLoader, start: dict[str, Any]) -> Callable[[], int]:
+    """The samples of ROWS packed rows from `start` on. What the loader's thread prepares beyond them counts as time."""
+
+    def run() -> int:
+        loader.load_state_dict(start)
+        drawn = sum(len(loader.next_step()[0].keys) for _ in range(ROWS))
+        loader.close()
+        return drawn
+
+    return run
+
+
+def resume_times(loader: PriorLoader, start: dict[str, Any], rounds: int) -> dict[str, tuple[Timing, Timing]]:
+    """Wall seconds of `load_state_dict`, and with the first step after it, by samples consumed per task."""
+
+    def once(state: dict[str, Any]) -> tuple[float, float]:
+        before = time.perf_counter()
+        loader.load_state_dict(state)
+        loaded = time.perf_counter()
+        loader.next_step()
+        first = time.perf_counter()
+        loader.close()
+        return loaded - before, first - before
+
+    methods = {}
     for consumed in (0, 10**4, 10**8, 10**12):
         state = json.loads(json.dumps(start))
         state["ordinals"] = {task: n + consumed for task, n in state["ordinals"].items()}
         state["counts"] = {task: n + consumed for task, n in state["counts"].items()}
         state["open_rows"] = [[[task, n + consumed] for task, n in row] for row in state["open_rows"]]
-        seconds = []
-        for _ in range(9):
-            before = time.perf_counter()
-            loader.load_state_dict(state)
-            seconds.append(time.perf_counter() - before)
-        times[f"{consumed:.0e}"] = Timing.of(seconds)
-    return times
+        methods[f"{consumed:.0e}"] = partial(once, state)
+    found = in_turn(methods, rounds)
+    return {at: (Timing.of([a for a, _ in pairs]), Timing.of([b for _, b in pairs])) for at, pairs in found.items()}
 
 
 def main() -> int:
@@ -227,47 +283,50 @@ def main() -> int:
         folder = Path(temporary) / "tars"
         write_tars(folder, arguments.samples)
         order = np.random.default_rng(1).permutation(arguments.samples).tolist()
-        methods = {"copy out of the map": copy_out(folder, order), "ours": ours(folder, order)}
+        methods: dict[str, Callable[[], object]] = {
+            COPY: copy_out(folder, order),
+            OURS: ours(folder, order),
+            WORKER: data_loader(folder, order),
+        }
         if importable("webdataset"):
-            methods["webdataset"] = webdataset_raw(folder)
-            methods["webdataset, decode()"] = webdataset_decoded(folder)
+            methods[WEBDATASET] = webdataset_raw(folder)
+            methods[f"{WEBDATASET}, decode()"] = webdataset_decoded(folder)
         if importable("megatron.energon"):
-            methods["energon"] = energon(folder, arguments.samples)
-        timings = interleaved(methods, arguments.rounds)
-        loader, _ = prior_loader(Path(temporary) / "prior")
-        with loader:
-            resume = resume_times(loader)
-            steps = 8
-            before, drawn = time.process_time(), 0
-            for _ in range(steps):
-                drawn += sum(len(batch.keys) for batch in loader.next_step())
-            per_sample = (time.process_time() - before) / drawn
+            methods[ENERGON] = energon(folder, arguments.samples)
+        with prior_loader(Path(temporary) / "prior") as loader:
+            loader.next_step()
+            loader.close()
+            start = loader.state_dict()
+            methods[PRIOR] = packed_rows(loader, start)
+            drawn = packed_rows(loader, start)()
+            timings = interleaved(methods, arguments.rounds, cpu_s)
+            resume = resume_times(loader, start, arguments.rounds)
 
     counts = dict.fromkeys(timings, arguments.samples)
-    counts["ours"] = counts["copy out of the map"] = arguments.samples * PASSES
-    counts["energon"] = arguments.samples // BATCH * BATCH
+    counts[COPY] = counts[OURS] = counts[WORKER] = arguments.samples * PASSES
+    counts[ENERGON] = arguments.samples // BATCH * BATCH
+    counts[PRIOR] = drawn
     rate = {name: counts[name] / timing.median for name, timing in timings.items()}
     rows = [
-        [name, f"{rate[name]:,.0f}", f"{rate['ours'] / rate[name]:.2f}", timing.spread]
+        [name, f"{rate[name]:,.0f}", f"{rate[OURS] / rate[name]:.2f}", timing.spread]
         for name, timing in timings.items()
     ]
-    goals = [Goal("ours / copy out of the map", rate["ours"] / rate["copy out of the map"], 0.8)]
-    if "webdataset" in rate:
-        goals.append(Goal("ours / webdataset", rate["ours"] / rate["webdataset"], 5))
-    if "energon" in rate:
-        goals.append(Goal("ours / energon", rate["ours"] / rate["energon"], 15))
-    slowest = max(timing.median for timing in resume.values()) * 1e3
-    goals.append(Goal("resume, whatever was consumed", slowest, 20, at_least=False, unit="ms"))
-    print(
-        f"\nwhole prior loader (captions, packing, noise): {per_sample * 1e6:.0f} us CPU per sample of {TOKENS} latents"
-    )
-    print("resume: " + ", ".join(f"{at} samples {timing.median * 1e3:.1f} ms" for at, timing in resume.items()) + "\n")
+    goals = [
+        Goal(f"{OURS} / {peer}", rate[OURS] / rate[peer] if peer in rate else None, bound)
+        for peer, bound in ((COPY, 0.8), (WEBDATASET, 5), (ENERGON, 15))
+    ]
+    for n, what in enumerate(("load_state_dict", "resume to the first row")):
+        slowest = 1e3 * max(pair[n].median for pair in resume.values())
+        goals.append(Goal(f"{what}, whatever was consumed", slowest, 20, at_least=False, unit="ms"))
+    print("\nload_state_dict, and to the first row:")
+    for at, (loaded, first) in resume.items():
+        print(f"  after {at} samples: {1e3 * loaded.median:.1f} ms, {1e3 * first.median:.1f} ms")
+    print()
     figures = {
         "sample": f"latent [{TOKENS}, {CHANNELS}] float16 and caption",
         "cpu_seconds": timings,
         "samples_per_cpu_second": rate,
-        "prior_loader_cpu_us_per_sample": per_sample * 1e6,
-        "resume_s": resume,
+        "resume_s": {at: {"load_state_dict": loaded, "to_first_row": first} for at, (loaded, first) in resume.items()},
     }
     columns = ["reader", "samples/s (CPU)", "ours is x faster", "spread"]
     met = publish("bench_loader", columns, rows, goals, figures, ["webdataset", "megatron-energon"])
