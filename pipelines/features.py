@@ -43,7 +43,7 @@ from unicom_dist.data.decode import IMAGE_EXTENSIONS, decode_image
 from unicom_dist.data.manifest import Manifest, sha256_of
 from unicom_dist.data.npy import write_npy
 from unicom_dist.data.tar import Shard, ShardWriter
-from unicom_dist.models.encoders import Encoder, build_encoder, encoder_fingerprint, encoder_shape
+from unicom_dist.models.encoders import Encoder, build_encoder, encoder_fingerprint, encoder_shape, fetch_encoder
 
 log = logging.getLogger(__name__)
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -125,9 +125,10 @@ def build_worker(config: EncoderConfig, dtype: str, threads: int) -> FeatureWork
 def run(config: Config) -> list[Manifest]:
     """Encode what is not encoded yet and return the manifests of all sets.
 
-    ConfigError: wrong encoder folder. DataError: no shards, features of another encoder there, too many bad pictures.
-    PreflightError: cannot write, too little space, workers killed again and again.
+    ConfigError: wrong encoder folder, hub out of reach. DataError: no shards, features of another encoder there, too
+    many bad pictures. PreflightError: cannot write, too little space, workers killed again and again.
     """
+    fetch_encoder(config.encoder)  # once and here: the actors then find it
     sets, fingerprint, kind = _sets(config), encoder_fingerprint(config.encoder), config.encoder.kind
     with Ledger(_ledger(config)) as ledger:
         remove_leftovers(sets)

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from unicom_dist.config.errors import ConfigError
-from unicom_dist.config.schema import EncoderConfig
+from pipelines import features as features_job
+from unicom_dist.config.errors import ConfigError, DataError
+from unicom_dist.config.schema import Config, EncoderConfig
 from unicom_dist.models.encoders import build_encoder, encoder_fingerprint, encoder_shape
 from unicom_dist.models.encoders.efficientnet import EfficientNetEncoder, EfficientNetLite2
 from unicom_dist.models.encoders.folding import fold_batch_norm
@@ -107,6 +108,31 @@ def test_a_missing_encoder_folder_is_named() -> None:
     for kind in ("siglip2", "efficientnet-lite2"):
         with pytest.raises(ConfigError, match="/nowhere/at/all"):
             build_encoder(EncoderConfig(kind=kind, path="/nowhere/at/all"))
+
+
+def test_features_run_fetches_what_a_hub_id_names_and_says_so(
+    siglip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetched_ids = []
+
+    def hub(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        if not local_files_only:
+            fetched_ids.append(name)
+        if name not in fetched_ids:
+            raise FileNotFoundError(f"no snapshot of {name}")
+        return str(siglip_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    encoder = EncoderConfig(kind="siglip2", path="someone/siglip2")
+    with pytest.raises(ConfigError, match="someone/siglip2") as caught:
+        encoder_fingerprint(encoder)
+    assert "`unicom features run` fetches it" in caught.value.remedy
+    config = Config(name="a", run_dir=str(tmp_path), data={"path": str(tmp_path)}, encoder=encoder)
+    with caplog.at_level("INFO"), pytest.raises(DataError):  # there are no pictures to encode
+        features_job.run(config)
+    assert fetched_ids == ["someone/siglip2"]
+    assert "encoder someone/siglip2: taken from the model hub" in caplog.text
+    assert encoder_shape(encoder) == (encoder.max_patches, 32)
 
 
 def test_fingerprint_names_weights_and_processing(siglip_folder: Path, tmp_path: Path) -> None:

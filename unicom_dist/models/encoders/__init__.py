@@ -22,6 +22,7 @@ __all__ = [
     "encoder_fingerprint",
     "encoder_shape",
     "encoder_view",
+    "fetch_encoder",
 ]
 
 
@@ -42,6 +43,14 @@ def build_encoder(config: EncoderConfig, device: torch.device | str | None = Non
     from unicom_dist.models.encoders.random import RandomEncoder
 
     return RandomEncoder(config)
+
+
+def fetch_encoder(config: EncoderConfig) -> None:
+    """Have the weights that a hub id names on this machine; says before it fetches them. ConfigError: not to be had."""
+    if config.kind == "siglip2":
+        from unicom_dist.models.encoders.siglip2 import resolve
+
+        resolve(config, download=True)
 
 
 def encoder_fingerprint(config: EncoderConfig) -> str:

@@ -149,7 +149,8 @@ def resolve(config: EncoderConfig, *, download: bool) -> Path:
             raise ConfigError(
                 f"encoder.path = {config.path!r} is neither a folder here nor a model the hub gave",
                 str(error).splitlines()[0][:200],
-                "name a local folder with config.json and model.safetensors, or use encoder.kind=efficientnet-lite2",
+                ("" if download else "`unicom features run` fetches it; or ")
+                + "name a local folder with config.json and model.safetensors, or use encoder.kind=efficientnet-lite2",
                 DOCS,
             ) from error
     raise ConfigError(
