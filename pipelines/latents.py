@@ -48,7 +48,6 @@ from unicom_dist.data.tar import Shard, ShardWriter, replace_file
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.compressor import Compressor
 from unicom_dist.models.encoders.base import fingerprint as fingerprint_of
-from unicom_dist.tracking.metrics import MetricsWriter, read_metrics
 
 log = logging.getLogger(__name__)
 PART, FEATURES = "latent", "features"
@@ -167,11 +166,12 @@ def build_worker(codec: Path, batch: int) -> LatentWorker:
     return LatentWorker(codec, batch)
 
 
-def run(config: Config) -> list[Manifest]:
+def run(config: Config, on_state: Callable[[str], None] = lambda state: None) -> list[Manifest]:
     """Compress what is not compressed yet, write the statistics, and return the manifests.
 
+    `on_state` is told "running" if there is something to compress, and "done".
     CheckpointError: no usable codec. DataError: no features, those of another encoder than the codec's, too many bad.
-    PreflightError: as for features. The run's metrics say when the recipe's latents stage was worked on and done.
+    PreflightError: as for features.
     """
     run_dir = Path(config.run_dir)
     stage = next((stage for stage in config.stages if stage.kind == "latents"), None)
@@ -195,7 +195,7 @@ def run(config: Config) -> list[Manifest]:
         _forget_other_codecs(sets, ledger, fingerprint)
         todo = unfinished(sets, ledger, fingerprint)
         if todo:
-            _note_state(config, "running")
+            on_state("running")
             try:
                 _compress_all(config, codec, sets, ledger, todo, fingerprint)
             finally:
@@ -209,7 +209,7 @@ def run(config: Config) -> list[Manifest]:
     if settings.get("stats") != stats.to_json():
         settings["stats"] = stats.to_json()
         replace_file(codec / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
-    _note_state(config, "done")
+    on_state("done")
     for part, manifest in zip(sets, manifests, strict=True):
         state = "written" if any(task in part.tasks for task in todo) else "already there"
         log.info("%s: latents of %d images, %.1f MB, %s", part.name, manifest.samples, manifest.bytes / 1e6, state)
@@ -244,15 +244,6 @@ def _compress_all(
             record(ledger, task, result, fingerprint, str(codec))
             finished += task.samples
             progress.update(finished)
-
-
-def _note_state(config: Config, state: str) -> None:
-    """Record the state of the recipe's latents stage in metrics.jsonl, unless that is what it says already."""
-    stage = next((stage.name for stage in config.stages if stage.kind == "latents"), "")
-    said = [r.values.get("state") for r in read_metrics(config.run_dir) if r.kind == "stage" and r.stage == stage]
-    if stage and (state == "running" or said[-1:] != [state]):
-        with MetricsWriter(config.run_dir) as metrics:
-            metrics.log(stage, 0, {"state": state}, kind="stage")
 
 
 def _forget_other_codecs(sets: Sequence[PartSet], ledger: Ledger, fingerprint: str) -> None:

@@ -1,5 +1,7 @@
 """`unicom latents`: compress the features with a trained codec, into latent tars and their statistics."""
 
+from functools import partial
+
 import typer
 
 from unicom_dist.cli.screen import Overrides, Recipe, load, logged
@@ -14,8 +16,10 @@ def group() -> None:
 
 @app.command()
 def run(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Compress what is not compressed yet; `unicom train` does it by itself between its codec and prior stages."""
+    """Compress what is not compressed yet. `unicom train` does it by itself between its codec and prior stages."""
     from pipelines import latents
+    from unicom_dist.train.pipeline import note_latents
 
+    config = load(recipe, overrides).config
     with logged():
-        latents.run(load(recipe, overrides).config)
+        latents.run(config, partial(note_latents, config))

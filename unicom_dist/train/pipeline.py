@@ -19,10 +19,12 @@ from pathlib import Path
 from unicom_dist.config.errors import ConfigError, Preempted, PreflightError, UnicomError
 from unicom_dist.config.layout import Layout, refusals
 from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.config.storage import storage_error
+from unicom_dist.tracking.metrics import MetricsWriter, read_metrics
 from unicom_dist.tracking.status import State, read_status, write_status
 
 log = logging.getLogger(__name__)
-Runner = Callable[[Config], None]
+Runner = Callable[[Config, Callable[[str], None]], object]
 MIN_FREE_BYTES = 256 << 20
 
 
@@ -35,8 +37,9 @@ def run(
 ) -> None:
     """Run the stages of `config` (or the one named `only`) that are not done yet.
 
-    `run_latents(config)` computes the latents of a finished codec; `say` receives a line for the user per event. When
-    torchrun or srun started this process, it is one of the ranks, else the ranks are started here.
+    `run_latents(config, on_state)` computes the latents of a finished codec and tells its state; `say` receives a line
+    for the user per event. When torchrun or srun started this process, it is one of the ranks, else the ranks are
+    started here.
     Raises whatever ended the run, after writing it to the status file.
     """
     from unicom_dist.train.launch import joined
@@ -60,7 +63,7 @@ def run(
             if stage.kind == "latents":
                 if rank == 0:
                     say(f"{stage.name}: computing the latents of all images")
-                _on_rank_0(config, "computing the latents", partial(run_latents, config))
+                _on_rank_0(config, "computing the latents", partial(run_latents, config, partial(note_latents, config)))
             elif joined():
                 _train_joined(config, todo)
             else:
@@ -81,6 +84,15 @@ def run(
     say(
         f"all stages of {config.name} are finished ({time.monotonic() - started:.0f} s); the run is in {config.run_dir}"
     )
+
+
+def note_latents(config: Config, state: str) -> None:
+    """Record the state of the recipe's latents stage in metrics.jsonl, unless that is what it says already."""
+    stage = next((stage.name for stage in config.stages if stage.kind == "latents"), "")
+    said = [r.values.get("state") for r in read_metrics(config.run_dir) if r.kind == "stage" and r.stage == stage]
+    if stage and (state == "running" or said[-1:] != [state]):
+        with MetricsWriter(config.run_dir) as metrics:
+            metrics.log(stage, 0, {"state": state}, kind="stage")
 
 
 def who_is_where(config: Config) -> str:
@@ -202,6 +214,7 @@ def final_status(config: Config, error: BaseException, *, keep: bool = False) ->
 
     `keep`: unless it says so already. Of several ranks the first to end knows the cause; the others end because of it.
     """
+    error = storage_error(error) or error
     code = error.exit_code if isinstance(error, UnicomError) else 1
     what = error.what if isinstance(error, UnicomError) else repr(error)
     state: State = "preempted" if isinstance(error, Preempted) else "failed"
