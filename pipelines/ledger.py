@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from unicom_dist.config.errors import PreflightError
-from unicom_dist.data.tar import write_failed
+from unicom_dist.config.storage import write_failed
 
 Entry = dict[str, Any]
 

@@ -15,10 +15,11 @@ from typing import Any
 from pipelines.ledger import Entry, Ledger, read_ledger
 from unicom_dist.config.errors import DataError, PreflightError
 from unicom_dist.config.schema import Config
+from unicom_dist.config.storage import write_failed
 from unicom_dist.data.decode import IMAGE_EXTENSIONS
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.shardset import ShardSet, part_name
-from unicom_dist.data.tar import ShardEntry, write_failed
+from unicom_dist.data.tar import ShardEntry
 
 DOCS = "docs/data.md"
 SETS = ("train", "augmented", "heldout")

@@ -3,20 +3,17 @@
 Four parts on stderr: what, why, what would work, where it is documented. Never a traceback, unless UNICOM_DEBUG=1.
 """
 
-import errno
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 
-from unicom_dist.config.errors import ConfigError, PreflightError, UnicomError
+from unicom_dist.config.errors import ConfigError, UnicomError
+from unicom_dist.config.storage import DOCS, storage_error
 
-DOCS = "docs/errors-and-exit-codes.md"
 INTERRUPTED = 130
 UNEXPECTED = 1
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NO_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def guarded(command: Callable[[], object]) -> int:
@@ -43,9 +40,8 @@ def guarded(command: Callable[[], object]) -> int:
             return _say(usage_error(error))
         if os.environ.get("UNICOM_DEBUG") == "1":
             raise
-        if isinstance(error, OSError) and error.errno in NO_SPACE + NO_WRITE:
-            return _say(_storage_error(error))
-        return _unexpected(error)
+        refused = storage_error(error)
+        return _say(refused) if refused else _unexpected(error)
     if answer == INTERRUPTED:  # Typer's own translation of Ctrl-C
         return _interrupted()
     return answer if isinstance(answer, int) else 0
@@ -80,16 +76,6 @@ def _nobody_reads() -> int:
     """The reader of our output has gone, as in `unicom config show ... | head`: no reason to complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def _storage_error(error: OSError) -> PreflightError:
-    where = error.filename or "the output"
-    if error.errno in NO_SPACE:
-        return PreflightError(
-            f"{where} cannot be written", "no space is left on the device", "free some, then run again", DOCS
-        )
-    reason = (error.strerror or "permission denied").lower()
-    return PreflightError(f"{where} cannot be used", reason, "give it the permission, or name another folder", DOCS)
 
 
 def _unexpected(error: Exception) -> int:

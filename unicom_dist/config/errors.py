@@ -55,7 +55,7 @@ class DataError(UnicomError):
 
 
 class CheckpointError(UnicomError):
-    """A checkpoint is incomplete, foreign or does not fit the model."""
+    """A checkpoint is incomplete, foreign, does not fit the model or could not be written."""
 
     exit_code = 5
 

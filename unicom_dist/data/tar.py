@@ -7,7 +7,6 @@ Equal contents give equal bytes: owner and time stamps are zero.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import mmap
@@ -18,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
 
-from unicom_dist.config.errors import DataError, PreflightError, UnicomError
+from unicom_dist.config.errors import DataError, UnicomError
+from unicom_dist.config.storage import write_failed
 from unicom_dist.data.tarscan import BLOCK, Index, scan
 
 INDEX_FORMAT = "unicom-tar-index/1"
@@ -36,18 +36,6 @@ class ShardEntry(NamedTuple):
     sha256: str
 
 
-def write_failed(path: Path, error: OSError) -> UnicomError:
-    """The message for a write that the file system refused: full, read-only, not permitted."""
-    why = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the quota of this account is used up",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "the folder may not be written by this account",
-        errno.ENOTDIR: "a part of the path is a file",
-    }.get(error.errno or 0, error.strerror or str(error))
-    return PreflightError(f"cannot write {path}", why, "free space or choose another output folder", "docs/data.md")
-
-
 def replace_file(path: Path, content: bytes) -> None:
     """Write `content` under `path` so that a reader sees the old file or the whole new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -59,7 +47,8 @@ def replace_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system refuses that too
+            temporary.unlink()
         raise write_failed(path, error) from error
 
 

@@ -11,11 +11,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unicom_dist.config.errors import HangError, UnicomError, from_record
+from unicom_dist.config.storage import storage_error
 
 if TYPE_CHECKING:
     from unicom_dist.parallel.mesh import Mesh
@@ -31,7 +32,8 @@ def alone(mesh: "Mesh", run_dir: Path, what: str, work: Callable[[], object], si
     """Have rank 0 do `work`; every rank returns when it is done. `what`: what rank 0 is then doing, for messages.
 
     An error of `work` is raised on every rank, as the same class. HangError on the other ranks when nothing is seen of
-    rank 0 for `silence_s`: it died, or they do not share `run_dir`. Collective over the world, but for an instant only.
+    rank 0 for `silence_s`: it died, or they do not share `run_dir`. OSError on rank 0 when it cannot tell them of its
+    end. Collective over the world, but for an instant only.
     """
     if mesh.world == 1:
         work()
@@ -44,8 +46,10 @@ def alone(mesh: "Mesh", run_dir: Path, what: str, work: Callable[[], object], si
         with _signs_of_life(path, attempt):
             work()
     except BaseException as error:
-        known = error if isinstance(error, UnicomError) else UnicomError(repr(error), "see the output of rank 0")
-        _write(path, attempt, error=known.record())
+        known = error if isinstance(error, UnicomError) else storage_error(error)
+        known = known or UnicomError(repr(error), "see the output of rank 0")
+        with suppress(OSError):
+            _write(path, attempt, error=known.record())
         raise
     _write(path, attempt, done=True)
 
@@ -57,7 +61,10 @@ def _signs_of_life(path: Path, attempt: str) -> Iterator[None]:
     def beat() -> None:
         number = 0
         while True:
-            _write(path, attempt, beat=number)
+            try:
+                _write(path, attempt, beat=number)
+            except OSError as error:
+                log.warning("the other ranks cannot be told how rank 0 gets on: %s", error)
             if over.wait(BEAT_S):
                 return
             number += 1
@@ -73,12 +80,9 @@ def _signs_of_life(path: Path, attempt: str) -> Iterator[None]:
 
 def _write(path: Path, attempt: str, **content: Any) -> None:
     temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"attempt": attempt, **content}), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        log.warning("the other ranks cannot be told how rank 0 gets on: %s", error)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps({"attempt": attempt, **content}), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _wait(path: Path, attempt: str, what: str, silence_s: float) -> None:

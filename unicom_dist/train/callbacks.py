@@ -4,6 +4,7 @@
 `log_every`; evaluation and pictures run on the averaged weights in a second copy of the model.
 """
 
+import io
 import json
 import logging
 import math
@@ -19,6 +20,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from unicom_dist.config.errors import PreflightError
+from unicom_dist.data.tar import replace_file
 from unicom_dist.objective.terms import LossTerm
 from unicom_dist.parallel.engine import whole_tensors
 from unicom_dist.parallel.mesh import Mesh
@@ -224,14 +227,19 @@ class Observer:
 
     def _draw(self, model: nn.Module | None) -> None:
         if model is not None and self._metrics and self._console:
-            folder = Path(self.run.config.run_dir) / "samples" / self.stage.name
-            path = folder / f"step-{self.run.step:06d}.png"
+            path = Path(self.run.config.run_dir) / "samples" / self.stage.name / f"step-{self.run.step:06d}.png"
             grid, labels = self.run.task.draw(model)
-            folder.mkdir(parents=True, exist_ok=True)
-            grid.save(path)
+            content = io.BytesIO()
+            grid.save(content, "png")
             kind = "reconstructions" if self.stage.kind == "codec" else "prompts"
             record = {"kind": kind, "stage": self.stage.name, "step": self.run.step, "labels": labels}
-            path.with_suffix(".json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            try:
+                replace_file(path, content.getvalue())
+                replace_file(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
+            except PreflightError as error:  # the run goes on without them
+                log.warning("step %d: its pictures are lost: %s", self.run.step, error)
+                self._console.note(f"step {self.run.step} pictures are lost: {error.what}: {error.why}")
+                return
             shown = str(path.relative_to(self.run.config.run_dir))
             self._metrics.log(self.stage.name, self.run.step, {"path": shown, "name": "samples"}, kind="artifact")
             self._console.note(f"step {self.run.step} pictures: {path}")

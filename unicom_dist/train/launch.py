@@ -225,7 +225,7 @@ def _cause(codes: list[int | None], run_dir: Path) -> UnicomError:
         return from_record(record)
     rank = next(rank for rank, code in enumerate(codes) if code not in (None, 0))
     return PreflightError(
-        f"rank {rank} could not start (exit code {codes[rank]})",
-        f"its log is {log_path(run_dir, rank)}",
+        f"rank {rank} ended with exit code {codes[rank]} and left no word",
+        f"it could not start, or the disk of {run_dir} is full; its log is {log_path(run_dir, rank)}",
         "unicom doctor",
     )

@@ -13,13 +13,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO
 
-from unicom_dist.config.errors import HangError, NonFiniteError, UnicomError
+from unicom_dist.config.errors import HangError, NonFiniteError, PreflightError, UnicomError
 from unicom_dist.config.layout import Layout
 from unicom_dist.config.schema import Config
+from unicom_dist.config.storage import storage_error
 from unicom_dist.train.launch import STACK_SIGNAL, error_path, log_path
 from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.watchdog import Watchdog
@@ -107,16 +109,17 @@ def quiet_libraries() -> None:
 def _report(error: BaseException, run_dir: Path, rank: int) -> int:
     """Leave the error for the launcher, the traceback in the log; the exit status."""
     known = known_error(error, rank, f"the traceback is in {log_path(run_dir, rank)}")
-    if not isinstance(error, UnicomError):
-        traceback.print_exception(error, file=sys.stderr)
-    elif not isinstance(error, NonFiniteError):
-        print(error, file=sys.stderr)
-    record = {**known.record(), "unexpected": known is not error, "time": time.time()}
+    with suppress(OSError):  # the log may be on the disk that is full
+        if not isinstance(error, UnicomError):
+            traceback.print_exception(error, file=sys.stderr)
+        elif not isinstance(error, NonFiniteError):
+            print(error, file=sys.stderr)
+    consequence = known is not error and not isinstance(known, PreflightError)  # perhaps, of another rank's end
+    record = {**known.record(), "unexpected": consequence, "time": time.time()}
     try:
         error_path(run_dir, rank).write_text(json.dumps(record), encoding="utf-8")
     except OSError:
         logging.getLogger(__name__).warning("the error could not be left for the launcher")
-    sys.stderr.flush()
     return known.exit_code
 
 
@@ -124,6 +127,10 @@ def known_error(error: BaseException, rank: int, where: str) -> UnicomError:
     """An error for the user: this one, or what an unexpected one means. `where` its traceback is."""
     if isinstance(error, UnicomError):
         return error
+    refused = storage_error(error)
+    if refused is not None:
+        refused.why += f" (rank {rank}; {where})"
+        return refused
     text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if "imed out" in text:
         return HangError(f"rank {rank} waited too long for the others", f"{text}; {where}", "run again to continue")
@@ -135,6 +142,4 @@ def known_error(error: BaseException, rank: int, where: str) -> UnicomError:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)  # engines, threads and process groups have nothing left to say, and some take seconds to say it
+    os._exit(main())  # engines, threads and process groups have nothing left to say, and some take seconds to say it
