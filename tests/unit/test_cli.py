@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from unicom_dist.cli import failure
 from unicom_dist.cli.main import run
 from unicom_dist.config import errors
+from unicom_dist.config.explain import write_config
+from unicom_dist.testing.tiny import tiny_config
 
 HEAVY = ("torch", "numpy", "deepspeed", "ray", "mlflow", "transformers", "diffusers", "pipelines")
 
@@ -196,8 +199,17 @@ def test_debugging_shows_the_traceback(monkeypatch):
         failure.guarded(fail)
 
 
-@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "no space"), (errno.EROFS, "read-only")])
-def test_full_or_read_only_folder_is_a_preflight_error(number, words, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EROFS, "read-only"),
+        (errno.ENOTDIR, "part of the path is a file"),
+        (errno.EEXIST, "a file where a folder should be"),
+        (errno.EISDIR, "a folder where a file should be"),
+    ],
+)
+def test_a_refusal_of_the_file_system_is_a_preflight_error(number, words, capsys, monkeypatch):
     def fail() -> None:
         raise OSError(number, os.strerror(number), "/somewhere/file")
 
@@ -205,7 +217,20 @@ def test_full_or_read_only_folder_is_a_preflight_error(number, words, capsys, mo
     assert failure.guarded(fail) == 3
     shown = capsys.readouterr().err
     assert "/somewhere/file" in shown
-    assert words in shown.lower()
+    assert words in shown
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "file/far/below"])
+@pytest.mark.parametrize("command", [["sample", "{run}", "a red circle"], ["sample", "{run}"], ["chat", "{run}"]])
+def test_an_output_folder_that_cannot_be_is_said_before_the_model_is_loaded(command, out, capsys, tmp_path):
+    config = tiny_config(tmp_path)  # a run without a model
+    write_config(Path(config.run_dir), config, {})
+    (tmp_path / "file").write_text("")
+    arguments = [part.format(run=config.run_dir) for part in command]
+    assert run([*arguments, "--out", str(tmp_path / out)]) == 3
+    assert f"cannot write {tmp_path / out}\n  why:  a part of the path is a file" in capsys.readouterr().err
+    assert run([*arguments, "--out", str(tmp_path / "far" / "below")]) == 5  # it is the model that is missing
+    assert not (tmp_path / "far").exists()
 
 
 def test_closed_pipe_is_no_error():

@@ -9,6 +9,7 @@ import typer
 
 from unicom_dist.cli.screen import logged, say
 from unicom_dist.config.errors import ConfigError, UnicomError
+from unicom_dist.config.storage import check_writable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,10 +48,11 @@ def chat(
 
     Chooser([seed], temperature, top_p)  # refuses values before the model is loaded
     drawing: Drawing = Drawing.of(settings_of(checkpoint, steps=steps, guidance=guidance))
+    folder = out or Path(checkpoint) / "pictures" / "chat"
+    check_writable(folder)
     with logged():
         pipeline = UniComPipeline.from_pretrained(checkpoint, stage=stage)
         _ = pipeline.prior  # says so now if there is none
-        folder = out or Path(checkpoint) / "pictures" / "chat"
         Session(Chat(pipeline, seed, drawing), folder, temperature, top_p, max_tokens, think).run()
 
 

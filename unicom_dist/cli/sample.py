@@ -1,5 +1,6 @@
 """`unicom sample`: pictures for prompts, captions for images, reconstructions beside originals."""
 
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +10,11 @@ import typer
 
 from unicom_dist.cli.screen import logged, say
 from unicom_dist.config.errors import ConfigError, DataError
+from unicom_dist.config.storage import check_writable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
     from unicom_dist.config.schema import Config, SampleConfig
     from unicom_dist.sample.pipeline import UniComPipeline
@@ -22,7 +25,7 @@ Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A run directory
 
 def sample(
     checkpoint: Checkpoint,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Describe or edit this image; may be repeated.")] = None,
     edit: Annotated[str, typer.Option(help="What to draw about the --image, or about several together.")] = "",
     reconstruct: Annotated[
@@ -47,8 +50,11 @@ def sample(
     batch: Annotated[int, typer.Option(min=1, help="Images reconstructed at a time.")] = 32,
     workers: Annotated[int, typer.Option(min=1, help="Ray actors that reconstruct a folder; 1 = no Ray.")] = 1,
     stage: Annotated[str, typer.Option(help="A prior stage other than the last finished one.")] = "",
+    skip_done: Annotated[
+        bool, typer.Option("--skip-done", help="Keep pictures that are of these weights, settings and prompts already.")
+    ] = False,
 ) -> None:
-    """Draw the prompts, describe images, reconstruct images; with neither given, what the run's recipe names."""
+    """Draw prompts, describe, edit and reconstruct images. With none of these given, what the run's recipe names."""
     config = recipe_of(checkpoint)
     everything = not (prompts or image or reconstruct)
     if everything and config is None:
@@ -70,13 +76,32 @@ def sample(
     )
     if edit and not image:
         raise ConfigError("nothing to edit", "--edit is about one --image or several", "add --image PATH", DOCS)
+    if skip_done and (image or reconstruct):
+        raise ConfigError(
+            "--skip-done with --image or --reconstruct",
+            "it compares weights, settings and prompts, not pictures; a folder's reconstructions continue without it",
+            "use it with prompts, or with those of the run's recipe",
+            DOCS,
+        )
     folder = out or Path(checkpoint) / "pictures"
+    if everything or prompts or edit or reconstruct:
+        check_writable(folder)
     given = [open_picture(path) for path in image or []]
     if reconstruct and (reconstruct != "heldout" or config is None):
         with logged():
             _reconstruct_folder(checkpoint, reconstruct, out, settings, batch, workers, limit or 0)
         if not (prompts or image):
             return
+    from unicom_dist.sample.drawn import RECORD, identity_of, is_drawn, note_drawn
+
+    identity = ""
+    if skip_done:
+        data = config.data.model_dump(mode="json") if everything and config is not None else None
+        identity = identity_of(checkpoint, stage, settings, {"prompts": prompts, "count": count, "data": data})
+        if is_drawn(folder, identity):
+            say(f"{folder} is of these weights, settings and prompts, skipped")
+            return
+    (folder / RECORD).unlink(missing_ok=True)  # no longer true from here on
     from unicom_dist.sample.pipeline import UniComPipeline
 
     with logged():
@@ -85,7 +110,6 @@ def sample(
             _draw(pipeline, config.sample.prompts, count, settings, folder)
             _reconstruct(pipeline, *_held_out(config, limit or 8), settings, folder)
             _describe(pipeline, *_held_out(config, 4))
-            return
         if prompts:
             _draw(pipeline, prompts, count, settings, folder)
         if reconstruct == "heldout" and config is not None:
@@ -94,6 +118,8 @@ def sample(
             _edit(pipeline, edit, given, count, settings, folder)
         elif given:
             _describe(pipeline, given, [str(path) for path in image or []])
+    if identity:
+        note_drawn(folder, identity)
 
 
 def recipe_of(checkpoint: str) -> "Config | None":
@@ -139,7 +165,7 @@ def _draw(
         _save(picture, folder / f"{number:03d}-{_slug(prompt)}.png", prompt, seed)
     if len(pictures) > 1:
         labels = [prompt if count == 1 else f"{prompt} ({seed})" for prompt, seed in wanted]
-        picture_grid(pictures, labels).save(folder / "grid.png")
+        _write(picture_grid(pictures, labels), folder / "grid.png")
         say(f"all of them: {folder / 'grid.png'}")
 
 
@@ -160,7 +186,7 @@ def _edit(
     for number, (seed, picture) in enumerate(zip(seeds, pictures, strict=True)):
         _save(picture, folder / f"edit-{number:03d}-{_slug(instruction)}.png", instruction, seed)
     labels = [*["given"] * len(images), *(f"{instruction} ({seed})" for seed in seeds)]
-    picture_grid([*images, *pictures], labels).save(folder / "edit.png")
+    _write(picture_grid([*images, *pictures], labels), folder / "edit.png")
     say(f"beside what was given: {folder / 'edit.png'}")
 
 
@@ -170,8 +196,17 @@ def _save(picture: "Image", path: Path, prompt: str, seed: int) -> None:
     facts = PngInfo()
     facts.add_itxt("prompt", prompt)
     facts.add_text("seed", str(seed))
-    picture.save(path, pnginfo=facts)
+    _write(picture, path, facts)
     say(f"{prompt} (seed {seed}): {path}")
+
+
+def _write(picture: "Image", path: Path, facts: "PngInfo | None" = None) -> None:
+    """Under its name a picture is whole, whenever the command is stopped."""
+    from unicom_dist.data.tar import replace_file
+
+    content = io.BytesIO()
+    picture.save(content, "PNG", pnginfo=facts)
+    replace_file(path, content.getvalue())
 
 
 def _reconstruct_folder(
@@ -204,7 +239,7 @@ def _reconstruct(
     texts = [text for label in labels for text in (label, "reconstructed")]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "reconstructions.png"
-    picture_grid(pairs, texts, columns=8 if len(labels) > 3 else 2).save(path)
+    _write(picture_grid(pairs, texts, columns=8 if len(labels) > 3 else 2), path)
     say(f"{len(labels)} reconstructions beside their originals: {path}")
 
 
