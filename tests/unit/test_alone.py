@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unicom_dist.config.errors import DataError, HangError, UnicomError
+from unicom_dist.config.errors import DataError, HangError, PreflightError, UnicomError
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.train import alone as module
 from unicom_dist.train.alone import alone
@@ -67,16 +67,21 @@ def test_what_an_earlier_piece_of_work_left_says_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"), [(DataError("what", "why", "remedy", "docs/x.md"), DataError), (OSError("disk"), UnicomError)]
+    ("error", "kind", "words"),
+    [
+        (DataError("what", "why", "remedy", "docs/x.md"), DataError, "what"),
+        (OSError(28, "No space left on device", "/some/file"), PreflightError, "/some/file"),
+        (OSError("disk"), UnicomError, "OSError('disk')"),
+    ],
 )
-def test_a_failure_reaches_every_rank_with_its_reason(tmp_path, error, kind):
+def test_a_failure_reaches_every_rank_with_its_reason(tmp_path, error, kind, words):
     def work() -> None:
         raise error
 
     first, second = together(tmp_path, work)
     assert first is error
     assert type(second) is kind
-    assert (str(error) if kind is UnicomError else "what") in second.what
+    assert words in second.what
     assert "rank 0 was working, the others waited" in second.why
     if kind is DataError:
         assert (second.exit_code, second.remedy, second.docs) == (4, "remedy", "docs/x.md")
@@ -91,6 +96,12 @@ def test_silence_ends_the_wait_in_bounded_time(tmp_path, left):
     with pytest.raises(HangError, match=r"nothing was seen of rank 0 for 0\.3 s while it was computing"):
         alone(rank(1), tmp_path, "computing", lambda: None, 0.3)
     assert 0.3 <= time.monotonic() - began < 2
+
+
+def test_rank_0_fails_where_it_cannot_tell_the_others_of_its_end(tmp_path):
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    with pytest.raises(FileExistsError):  # they would wait for `silence_s` and call it a hang
+        alone(rank(0), tmp_path, "working", lambda: None, 600)
 
 
 def test_one_process_just_works(tmp_path):

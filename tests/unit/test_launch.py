@@ -1,5 +1,6 @@
 """Which error is shown when ranks fail, and the signals that ask for a stop. One process."""
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from unicom_dist.testing.tiny import tiny_config
 from unicom_dist.train.launch import _cause, error_path, threads_per_rank
 from unicom_dist.train.pipeline import preflight
 from unicom_dist.train.signals import STOP_SIGNALS, StopRequest
+from unicom_dist.train.worker import _report
 
 
 def leave(run_dir, rank: int, kind: str, what: str, at: float) -> None:
@@ -38,6 +40,19 @@ def test_an_error_with_a_remedy_is_shown_before_a_vague_one(tmp_path):
     assert isinstance(error, DataError)
     assert error.what == "shard damaged"
     assert error.remedy == "r"
+
+
+def test_a_file_that_cannot_be_written_is_shown_before_what_followed_from_it(tmp_path):
+    error_path(tmp_path, 0).parent.mkdir()
+    codes = [
+        _report(RuntimeError("Connection closed by peer"), tmp_path, 0),
+        _report(OSError(errno.EROFS, os.strerror(errno.EROFS), "/some/file"), tmp_path, 1),
+    ]
+    assert codes == [HangError.exit_code, PreflightError.exit_code]
+    error = _cause(codes, tmp_path)
+    assert isinstance(error, PreflightError)
+    assert "/some/file" in error.what
+    assert "read-only (rank 1; the traceback is in" in error.why
 
 
 def test_among_equals_the_first_is_shown(tmp_path):
