@@ -25,7 +25,7 @@ $(call phase,1/7 fetch assets,$(BIN)/unicom data fetch $(1))
 $(call phase,2/7 ingest images,$(BIN)/unicom data ingest $(1))
 $(call phase,3/7 encode images,$(BIN)/unicom features run $(1))
 $(call phase,4/7 train,$(BIN)/unicom train $(1))
-$(call phase,5/7 draw,$(BIN)/unicom sample $(2))
+$(call phase,5/7 draw,$(BIN)/unicom sample $(2) --skip-done)
 $(call phase,6/7 evaluate,$(BIN)/unicom eval $(2) --suite quick --skip-done)
 $(call phase,7/7 report,$(BIN)/unicom report $(2))
 endef
@@ -61,7 +61,7 @@ quickstart: install
 	@date +%s > .venv/started
 	$(call pipeline,recipes/quickstart.yaml,runs/quickstart)
 ifneq ($(wildcard $(SHIPPED)/model_index.json),)
-	$(call phase,the same prompts from the shipped laptop model,$(BIN)/unicom sample $(SHIPPED) "red apple" "cat face" "blue heart" "rocket" --out runs/quickstart/pictures-of-the-laptop-model)
+	$(call phase,the same prompts from the shipped laptop model,$(BIN)/unicom sample $(SHIPPED) "red apple" "cat face" "blue heart" "rocket" --out runs/quickstart/pictures-of-the-laptop-model --skip-done)
 endif
 	@echo "== quickstart: $$(( $$(date +%s) - $$(cat .venv/started) )) s; open runs/quickstart/report.html"
 
