@@ -97,11 +97,13 @@ def sample(
     identity = ""
     if skip_done:
         data = config.data.model_dump(mode="json") if everything and config is not None else None
-        identity = identity_of(checkpoint, stage, settings, {"prompts": prompts, "count": count, "data": data})
+        asked = {"prompts": prompts, "count": count, "limit": limit, "data": data}
+        identity = identity_of(checkpoint, stage, settings, asked)
         if is_drawn(folder, identity):
             say(f"{folder} is of these weights, settings and prompts, skipped")
             return
-    (folder / RECORD).unlink(missing_ok=True)  # no longer true from here on
+    if (folder / RECORD).is_file():
+        (folder / RECORD).unlink()  # no longer true from here on
     from unicom_dist.sample.pipeline import UniComPipeline
 
     with logged():
