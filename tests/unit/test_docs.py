@@ -1,19 +1,19 @@
-"""The documentation names what exists: files, anchors, make targets, commands. One process, under a second."""
+"""The documentation names what exists: files, anchors, make targets. One process, under a second."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from unicom_dist.cli.main import run
 from unicom_dist.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+NAMES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/results/README.md"]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in NAMES)]
 SOURCES = [path for folder in ("unicom_dist", "pipelines") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
@@ -31,20 +31,16 @@ def test_every_section_of_the_configuration_has_its_anchor():
     assert [name for name in Config.model_fields if f'<a id="{name}"></a>' not in text] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_make_targets_exist(page):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"\bmake ([a-z][a-z-]+)\b(?! python)", "\n".join(_code(page))))
     assert [target for target in sorted(targets) if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_named_commands_exist(page, capsys):
-    found = {tuple(match.split()) for text in _code(page) for match in re.findall(r"unicom ((?:[a-z]+ ?){1,2})", text)}
-    groups = {"ablate", "config", "convert", "data", "features", "latents"}
-    for words in sorted(found):
-        command = list(words[:2] if words[0] in groups else words[:1])
-        assert run([*command, "--help"]) == 0, f"{page.name}: unicom {' '.join(words)}: {capsys.readouterr().err}"
+def test_every_benchmark_has_its_row():
+    rows = re.findall(r"^\| `(bench_\w+\.py)` \|", (ROOT / "benchmarks" / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert rows == sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))
 
 
 def test_continuous_integration_runs_the_tests():
