@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from unicom_dist.cli.main import run
 from unicom_dist.config.errors import CheckpointError, DataError
 from unicom_dist.sample.loading import find_parts, load_codec, load_prior, stage_names
 from unicom_dist.sample.pipeline import UniComPipeline
@@ -151,3 +152,26 @@ def test_a_missing_tokenizer_is_named(config, tmp_path):
     (tmp_path / "assets").rename(tmp_path / "gone")
     with pytest.raises(DataError, match=r"tokenizer\.json does not exist"):
         UniComPipeline.from_pretrained(config.run_dir)
+
+
+def test_pictures_of_the_same_weights_settings_and_prompts_are_not_drawn_again(config, tmp_path, capsys):
+    folder, weights = tmp_path / "drawn", tmp_path / "runs" / "tiny" / "weights" / "sft" / "model.safetensors"
+
+    def drawn(*arguments: str) -> bool:
+        command = ["sample", config.run_dir, "a red circle", "cat", "--out", str(folder), "--skip-done", *arguments]
+        assert run(command) == 0
+        return "skipped" not in capsys.readouterr().out
+
+    assert drawn("--steps", "1")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "000-a-red-circle.png", "001-cat.png", "drawn.json", "grid.png",
+    ]  # fmt: skip
+    assert not drawn("--steps", "1")
+    assert drawn("--steps", "2")
+    (folder / "001-cat.png").unlink()
+    assert drawn("--steps", "2")
+    changed = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights)
+    assert drawn("--steps", "2")
+    assert not drawn("--steps", "2")
+    assert run(["sample", config.run_dir, "--reconstruct", "heldout", "--skip-done"]) == 2
