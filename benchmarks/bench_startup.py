@@ -4,7 +4,8 @@
 from a checkpoint is timed from its start to the end of its first step; beside it a process that only does what cannot
 be saved: the same imports (with ZeRO-3 also those that DeepSpeed makes when it builds an engine), the rendezvous, and
 reading the checkpoint's bytes. The difference is what building model, engine and loader and the first step itself cost.
-One rank, one thread; the clock is the CPU time of the process and its children, wall time is shown as well.
+`torch alone` and `DeepSpeed alone` import these and nothing of ours. One rank, one thread; the clock is the CPU time of
+the process and the children it waited for, wall time is shown as well.
 
     python benchmarks/bench_startup.py [--rounds 7]
 """
@@ -12,6 +13,7 @@ One rank, one thread; the clock is the CPU time of the process and its children,
 import argparse
 import importlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,7 +25,9 @@ from pathlib import Path
 from common import Goal, Timing, in_turn, publish
 
 HERE = Path(__file__).resolve()
-LIMIT_S, SETUP_S = 0.5, 0.5
+LIMIT_S, SETUP_S, IMPORT_S = 0.5, 0.5, 2.5
+# What DeepSpeed imports when it builds an engine of ZeRO-3.
+ENGINE = ("torch._dynamo", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def resume(folder: str, zero_stage: str) -> None:
@@ -45,8 +49,7 @@ def resume(folder: str, zero_stage: str) -> None:
     assert run.step == 1, "it should have resumed"
     with open(os.devnull, "w") as nowhere, Observer(run, nowhere) as observer:
         train_step(run, observer)
-        print(time.process_time(), flush=True)
-    os._exit(0)
+        os._exit(0)
 
 
 def unavoidable(folder: str, zero_stage: str) -> None:
@@ -63,12 +66,11 @@ def unavoidable(folder: str, zero_stage: str) -> None:
         from unicom_dist.parallel.deepspeed_adapter import import_deepspeed
 
         import_deepspeed(mesh.device)
-        for module in ("torch._dynamo", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        for module in ENGINE:
             importlib.import_module(module)
     for path in sorted(Path(folder).rglob("checkpoints/**/*")):
         if path.is_file():
             path.read_bytes()
-    print(time.process_time(), flush=True)
     os._exit(0)
 
 
@@ -93,36 +95,37 @@ def prepare(folder: str, zero_stage: str) -> None:
         train_step(run, observer)
         save(run)
         run.store.wait()
-    print(0.0, flush=True)
     os._exit(0)
 
 
 def rank(what: str, folder: Path, zero_stage: int) -> tuple[float, float]:
-    """(CPU, wall) seconds of a process of its own, up to where it says."""
+    """(CPU, wall) seconds of a rank in a process of its own, which ends where `what` does."""
     with tempfile.TemporaryDirectory() as meeting:
-        env = os.environ | {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "OMP_NUM_THREADS": "1",
-            "UNICOM_RENDEZVOUS": f"{meeting}/file",
-        }
-        start = time.perf_counter()
-        command = [sys.executable, "-W", "ignore", str(HERE), "--do", what, str(folder), str(zero_stage)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        wall_s = time.perf_counter() - start
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return float(done.stdout.split()[-1]), wall_s
+        env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "UNICOM_RENDEZVOUS": f"{meeting}/file"}
+        return process([sys.executable, "-W", "ignore", str(HERE), "--do", what, str(folder), str(zero_stage)], env)
+
+
+def imports(*modules: str) -> tuple[float, float]:
+    """(CPU, wall) seconds of a Python that imports `modules`."""
+    code = f"import {', '.join(modules)}, os; os._exit(0)"
+    return process([sys.executable, "-W", "ignore", "-c", code], {"DS_ACCELERATOR": "cpu"})
 
 
 def command(arguments: list[str]) -> tuple[float, float]:
     """(CPU, wall) seconds of a whole `unicom` process."""
-    unicom = shutil.which("unicom", path=str(Path(sys.executable).parent)) or "unicom"
-    before, start = os.times(), time.perf_counter()
-    subprocess.run([unicom, *arguments], check=True, stdout=subprocess.DEVNULL)
-    after, wall_s = os.times(), time.perf_counter() - start
-    return after.children_user + after.children_system - before.children_user - before.children_system, wall_s
+    return process([shutil.which("unicom", path=str(Path(sys.executable).parent)) or "unicom", *arguments], {})
+
+
+def process(arguments: list[str], env: dict[str, str]) -> tuple[float, float]:
+    """(CPU, wall) seconds of a process and of the children it waited for."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(
+        arguments, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True, check=False
+    )
+    after, wall_s = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall_s
 
 
 def main() -> int:
@@ -140,6 +143,8 @@ def main() -> int:
         methods = {
             "unicom --help": partial(command, ["--help"]),
             "unicom config show": partial(command, ["config", "show", "recipes/quickstart.yaml"]),
+            "torch alone": partial(imports, "torch"),
+            "DeepSpeed alone": partial(imports, "torch", "deepspeed", *ENGINE),
         }
         for stage, folder in folders.items():
             engine = "ZeRO-3" if stage else "plain"
@@ -152,6 +157,8 @@ def main() -> int:
     for engine in ("plain", "ZeRO-3"):
         over = cpu[f"{engine}: resume to first step"].median - cpu[f"{engine}: imports, rendezvous, read"].median
         goals.append(Goal(f"{engine}: first step beyond imports and read", over, SETUP_S, at_least=False, unit="s"))
+    imported = cpu["plain: imports, rendezvous, read"].median
+    goals.append(Goal("plain: imports, rendezvous, read", imported, IMPORT_S, at_least=False, unit="s"))
     met = publish(
         "bench_startup",
         ["what", "CPU s", "wall s", "spread of CPU"],
@@ -161,7 +168,7 @@ def main() -> int:
             m: {"cpu_s": cpu[m].median, "wall_s": wall[m].median, "low": cpu[m].low, "high": cpu[m].high}
             for m in methods
         },
-        ("deepspeed",),
+        ("deepspeed", "typer", "pydantic"),
     )
     return 0 if met else 1
 
