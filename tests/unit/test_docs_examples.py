@@ -106,7 +106,7 @@ def test_keys_are_those_of_the_configuration(page):
 def test_recipes_are_valid(page, tmp_path):
     path = tmp_path / "recipe.yaml"
     for content in blocks(page, "yaml"):
-        path.write_text(f"base: {ROOT}/recipes/quickstart.yaml\n{content.replace('…', 'steps: 100')}", encoding="utf-8")
+        path.write_text(f"base: {ROOT}/recipes/tiny.yaml\n{content.replace('…', 'steps: 100')}", encoding="utf-8")
         load_recipe(path)
 
 
