@@ -3,8 +3,8 @@
 What shows the pixels lies in directions along which features vary little, and gradient descent finds those last: of the
 EfficientNet pyramid of emoji, 64 principal components tell pictures of 32 px to 17.7 dB, all 1280 channels to 24.7 dB.
 Reduced-rank ridge regression finds them in seconds: least squares from the features of a token to what is drawn there;
-the largest components of the fit become latent channels, each of unit variance or of its share of the fit. Channels that
-are left and the decoder start as ever. Ref: Izenman 1975, reduced-rank regression.
+the largest components of the fit become latent channels, each of unit variance or of its share of the fit. Channels
+that are left and the decoder start as ever. Ref: Izenman 1975, reduced-rank regression.
 Shapes: N tokens of D channels, q values of the target space under a token, d latent channels.
 """
 
@@ -59,7 +59,8 @@ class Regression:
 def linear_start(compressor: Compressor, batches: Iterable[CodecBatch], whiten: bool) -> tuple[Tensor, Tensor]:
     """Weight and bias for the first rows of the compressor's linear path; it and its other weights are on the CPU.
 
-    batches: with what the decoder draws. whiten: as for `Regression.components`. The result is the same on every rank that is given the same ones.
+    batches: with what the decoder draws. whiten: as for `Regression.components`. The result is the same on every rank
+    that is given the same ones.
     """
     seen: list[Tensor] = []
     hook = _block(compressor).straight.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
