@@ -86,6 +86,15 @@ def test_typing_errors_name_the_nearest_and_exit_2(arguments, hint, capsys):
     assert "Traceback" not in shown.err
 
 
+@pytest.mark.parametrize("group", ["", "data", "config", "features", "latents", "ablate", "convert"])
+def test_lists_of_commands_say_each_in_a_whole_sentence(group, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run([*group.split(), "--help"]) == 0
+    listed = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
+    assert listed
+    assert [line for line in listed if not line.endswith(".") or line.endswith("...")] == []
+
+
 def test_nothing_typed_shows_the_help(capsys):
     assert run([]) == 0
     assert "Commands:" in capsys.readouterr().out

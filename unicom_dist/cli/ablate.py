@@ -4,14 +4,12 @@ import typer
 
 from unicom_dist.cli.screen import Overrides, Recipe, load, logged, say
 
-app = typer.Typer(
-    no_args_is_help=True, help="Train the variants of a grid with several seeds and compare them on one page."
-)
+app = typer.Typer(no_args_is_help=True, help="Train the variants of a grid with several seeds, compare them.")
 
 
 @app.command("codec")
 def codec(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Channels against tokens, attention against MLP: finished trainings are skipped, interrupted ones continue."""
+    """Channels against tokens, attention against MLP. Finished trainings are skipped, interrupted ones continue."""
     loaded = load(recipe, overrides)
 
     from unicom_dist.train.ablation import codec as ablation

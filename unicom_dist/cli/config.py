@@ -40,12 +40,12 @@ def show(
 
 @app.command()
 def explain(
-    key: Annotated[str, typer.Argument(help="A dotted key or a section, such as codec.decoder.")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A dotted key or a section, such as codec.decoder.")],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Also show the value there.")] = "",
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a key means, its type and default, and its value in a recipe."""
+    """Say what a key means, its type, default and value in a recipe."""
     from unicom_dist.config import explain as written
 
     rows = written.explain(key, load(recipe, overrides) if recipe else None)

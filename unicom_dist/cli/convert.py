@@ -29,7 +29,7 @@ def export(
     ] = "unicom",
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights written.")] = "bfloat16",
 ) -> None:
-    """Write what a run has trained as one folder: for `unicom sample`, or for transformers."""
+    """Write what a run has trained as one folder. For `unicom sample`, or for transformers."""
     _must_be_new(out)
     import torch
 
@@ -43,7 +43,7 @@ def export(
 
 @app.command()
 def check(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model folder.")]) -> None:
-    """Read every file of a model folder and hold it against manifest.json."""
+    """Read a model folder whole, hold it against its manifest.json."""
     from unicom_dist.sample.model_folder import MANIFEST, problems_of, read_manifest
 
     files = read_manifest(folder).get("files", {})
@@ -62,7 +62,7 @@ def reshard(
     layout: Annotated[str, typer.Option(help="Sizes of the axes, such as tp=2,pp=2,dp=2; others are 1.")],
     zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage of the new layout.")] = 3,
 ) -> None:
-    """Rewrite a checkpoint as the ranks of another layout would write it. Loading it there does not need this."""
+    """Rewrite a checkpoint as ranks of another layout write it. Loading it there does not need this."""
     _must_be_new(out)
     from unicom_dist.checkpoint.reshard import reshard as rewrite
 
@@ -77,7 +77,7 @@ def import_(
     out: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to write; must not exist.")],
     base: Annotated[str, typer.Option(help="The recipe it changes.")] = "quickstart",
 ) -> None:
-    """Write a recipe whose prior starts from published weights, after checking that they are whole.
+    """Write a recipe that starts from published weights. They are read whole before.
 
     Nothing is copied: training reads the published files, each rank its own part.
     """

@@ -16,7 +16,7 @@ def doctor(
     as_json: AsJson = False,
     environment: Annotated[bool, typer.Option("--env", help="Print versions only, to paste into a report.")] = False,
 ) -> None:
-    """Say what this machine has, what is missing and what to do; exit status 3 if something needed is missing."""
+    """Say what this machine has, what is missing and what to do. Exit status 3 if something needed is missing."""
     if environment:
         from unicom_dist.tracking.env import collect_env
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from unicom_dist.evaluate.rows import Row
 
 DOCS = "docs/evaluation.md"
-Model = Annotated[str, typer.Argument(metavar="[CKPT]", help="A run directory or a saved model folder.")]
+Model = Annotated[str, typer.Argument(metavar="CKPT", help="A run directory or a saved model folder.")]
 
 
 def evaluate(
@@ -34,7 +34,7 @@ def evaluate(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure reconstructions, losses and pictures on held-out data; also written to eval.json."""
+    """Measure reconstructions, losses and pictures on held-out data. Also written to eval.json."""
     folders = bool(originals or reconstructions)
     _check(checkpoint, suite, originals, reconstructions, limit, workers)
     from unicom_dist.evaluate.rows import table

@@ -31,7 +31,7 @@ def status(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False)
 
 @app.command()
 def verify(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Read every feature tar and compare it with its manifest and the images it belongs to."""
+    """Read every feature tar. It is compared with its manifest and the images it belongs to."""
     from pipelines import features
 
     with logged():

@@ -25,7 +25,7 @@ def plan(
     ] = 0.5,
     as_json: AsJson = False,
 ) -> None:
-    """Print the layout of a recipe's prior and the memory each rank needs; exit status 2 if no card has that much."""
+    """Print a prior's layout and the memory each rank needs. Exit status 2 if no card has that much."""
     from unicom_dist.config.layout import Layout, refusals
     from unicom_dist.plan.hardware import MEMORY, USABLE
     from unicom_dist.plan.memory import Batch, rank_memory

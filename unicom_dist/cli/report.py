@@ -9,10 +9,10 @@ from unicom_dist.cli.screen import logged, say
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories.")],
     out: Annotated[Path | None, typer.Option(help="The page to write [default: report.html in the first run].")] = None,
 ) -> None:
-    """Write a self-contained page: curves, pictures over time, reconstructions, figures, configuration, environment."""
+    """Write a self-contained page. Curves, pictures over time, reconstructions, figures, configuration, environment."""
     from unicom_dist.tracking import mirror, report
 
     with logged():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe: a path, or the name of an installed one.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as stages.codec.steps=10.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Changes, such as stages.codec.steps=10.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -15,7 +15,7 @@ def train(
     nproc: Annotated[int, typer.Option(min=0, help="Ranks on this machine; 0 = parallel.nproc.")] = 0,
     stage: Annotated[str, typer.Option(help="Only this stage.")] = "",
 ) -> None:
-    """Train the stages of a recipe; finished stages are skipped, an interrupted one continues from its checkpoint."""
+    """Train the stages of a recipe. Finished stages are skipped, an interrupted one continues from its checkpoint."""
     loaded = load(recipe, [*(overrides or []), *([f"parallel.nproc={nproc}"] if nproc else [])])
     config = loaded.config
     names = [item.name for item in config.stages]
