@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -188,6 +189,18 @@ def test_damaged_pictures_are_left_out_and_named(done: Config) -> None:
         features.run(strict)
 
 
+def test_an_empty_shard_is_named_and_the_others_are_kept(config: Config, session: None) -> None:
+    empty = min((Path(config.data.path) / "train").glob("*.tar"))
+    content = empty.read_bytes()
+    empty.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"{empty.name} is empty \(0 bytes\)"):
+        features.run(config)
+    assert not list(Path(config.data.path).rglob("*.tmp"))
+    empty.write_bytes(content)
+    features.run(config)
+    assert features.verify(config) == []
+
+
 def test_verify_finds_changed_bytes(done: Config) -> None:
     config = done
     path = tars(config)[0]
@@ -273,6 +286,33 @@ def test_a_killed_worker_is_replaced_and_its_shard_made_whole(session: None, tmp
     assert run(tasks) == {"a": 2, "b": 2, "c": 2}
     for name in "abc":
         assert Shard(tmp_path / f"{name}.tar").keys == ["first", "second"]
+
+
+def test_an_actor_killed_while_it_writes_features_changes_no_byte(
+    config: Config, encoded: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed: list[str] = []
+
+    def kill_the_first_writer() -> None:
+        while not killed and not over.is_set():
+            for path in Path(config.data.path).rglob("*.random.tar.*.tmp"):
+                os.kill(int(path.name.split(".")[-2]), signal.SIGKILL)  # the writer's process id
+                killed.append(path.name)
+                return
+
+    over = threading.Event()
+    killer = threading.Thread(target=kill_the_first_writer)
+    killer.start()
+    try:
+        with caplog.at_level("WARNING", "pipelines"):
+            features.run(config)
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) == 1
+    assert any("the worker was killed" in line for line in caplog.messages)
+    assert bytes_of(config) == bytes_of(make_config(encoded))
+    assert not list(Path(config.data.path).rglob("*.tmp"))
 
 
 def test_a_shard_that_always_kills_its_worker_ends_the_job(session: None, tmp_path: Path) -> None:

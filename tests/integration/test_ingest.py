@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,21 @@ def test_bad_samples_are_skipped_counted_and_named(config: Config) -> None:
     assert any("skipped (" in summary.line() for summary in summaries)
 
 
+def test_rows_of_pictures_that_are_not_there_are_skipped_counted_and_named(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [f"pictures/{path.name},a thing" for path in Path(config.data.source).glob("*.png")]
+    (tmp_path / "rows.csv").write_text("\n".join(["path,caption", *rows, "pictures/gone.png,a thing", "no/way.png,a"]))
+    table = changed(config, source=str(tmp_path / "rows.csv"), max_bad_fraction=0.5, augmented_views=0)
+    with caplog.at_level("INFO", "pipelines"):
+        summaries = ingest.run(table, workers=1)
+    skipped = {key: reason for summary in summaries for key, reason in summary.skipped.items()}
+    assert skipped == {"pictures_gone": "the file does not exist", "no_way": "the file does not exist"}
+    assert sum(summary.samples for summary in summaries) == 20
+    for key in skipped:
+        assert any("skipped (" in line and key in line for line in caplog.messages)
+
+
 def test_every_kind_of_picture_is_stored_or_named(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -164,8 +181,32 @@ def test_no_room_and_no_permission_are_said_beforehand(config: Config, monkeypat
         with pytest.raises(PreflightError, match="GB free"):
             ingest.run(config, workers=1)
     Path(config.data.path).parent.joinpath("file").write_text("")
-    with pytest.raises(PreflightError, match="cannot be written"):
+    with pytest.raises(PreflightError, match="cannot write"):
         ingest.run(changed(config, path=str(Path(config.data.path).parent / "file" / "data")), workers=1)
+
+
+WITH_SMALL_FILES = """
+import resource, sys
+from unicom_dist.cli.main import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # bytes: a manifest has room, a shard has not
+sys.exit(run(["data", "ingest", *sys.argv[1:]]))
+"""
+
+
+def test_a_shard_that_cannot_be_written_ends_the_ingest_and_the_next_one_makes_all(
+    config: Config, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
+    command = [sys.executable, "-c", WITH_SMALL_FILES, config.data.source, "--out", str(cut)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 3, done.stderr
+    assert f"cannot write {cut / 'train'}" in done.stderr
+    assert "`ulimit -f`" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(cut) == {}
+    for folder in (cut, Path(config.data.path)):
+        ingest.run(changed(config, path=str(folder)), workers=1)
+    assert contents(cut) == contents(Path(config.data.path))
 
 
 def kill_oneself(*_: Any) -> None:
@@ -239,3 +280,13 @@ def test_listing_and_split_agree_for_tars_made_by_this_project(config: Config, t
     assert len(open_source(again.data).records) == 20
     ingest.run(again, workers=1)
     assert len(ShardSet(tmp_path / "again" / "train")) + len(ShardSet(tmp_path / "again" / "heldout")) == 20
+
+
+def test_an_empty_tar_among_others_ends_the_ingest_and_leaves_no_set(config: Config, tmp_path: Path) -> None:
+    ingest.run(changed(config, held_out=0.0, augmented_views=0), workers=1)
+    tars = Path(config.data.path) / "train"
+    (tars / "pictures-000001.tar").write_bytes(b"")
+    again = changed(config, source=str(tars / "*.tar"), path=str(tmp_path / "again"))
+    with pytest.raises(DataError, match=r"pictures-000001\.tar is empty \(0 bytes\)"):
+        ingest.run(again, workers=1)
+    assert not (tmp_path / "again").exists()
