@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +27,7 @@ from pipelines.shard_sets import SetSummary, existing, fingerprint
 from pipelines.sources import Record, Source, open_source
 from unicom_dist.config.errors import DataError, PreflightError
 from unicom_dist.config.schema import Config, DataConfig
+from unicom_dist.config.storage import write_failed
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.sizes import shard_sizes
 from unicom_dist.data.tar import ShardEntry, ShardWriter
@@ -109,9 +111,7 @@ def _check_room(target: Path, needed: float) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise PreflightError(
-            f"data.path = {str(target)!r} cannot be written", str(error), "choose another folder", DOCS
-        ) from error
+        raise write_failed(target, error) from error
     free = shutil.disk_usage(target).free
     if free < needed:
         raise PreflightError(
@@ -187,8 +187,15 @@ def _prepare(records: Sequence[Record], views: range, image_px: int, seed: int) 
     return results
 
 
-def _ignore_interrupt() -> None:
+def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent answers it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed says nothing: its workers would wait for the next chunk for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class _Pool:
@@ -200,7 +207,7 @@ class _Pool:
 
     def __enter__(self) -> "_Pool":
         # Spawned, not forked: the parent may hold threads and locks.
-        self._executor = ProcessPoolExecutor(self._workers, multiprocessing.get_context("spawn"), _ignore_interrupt)
+        self._executor = ProcessPoolExecutor(self._workers, multiprocessing.get_context("spawn"), _begin_worker)
         return self
 
     def __exit__(self, *_: object) -> None:
