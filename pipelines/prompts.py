@@ -124,9 +124,8 @@ def _rows(path: Path, column: str) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, {column: line} if path.suffix.lower() == ".txt" else _parsed(line)
     except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors
-        raise DataError(
-            f"{path} cannot be read", (str(error).splitlines() or [""])[0], "check the file", DOCS
-        ) from error
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+        raise DataError(f"{path} cannot be read", reason, "check the file", DOCS) from error
 
 
 def _parsed(line: str) -> Any:

@@ -91,7 +91,7 @@ def open_source(config: DataConfig, assets: str | Path = "assets") -> Source:
         pairs = _tars(sorted(glob.glob(where, recursive=True)))
     else:
         raise ConfigError(
-            f"data.source = {where!r} is not there",
+            f"data.source = {where!r} {'is no source' if Path(where).exists() else 'is not there'}",
             f"a source is `fluent-emoji`, a folder, a table ({', '.join(TABLE_SUFFIXES)}) or a glob of .tar files",
             "check the path",
             DOCS,
@@ -156,7 +156,8 @@ def _fluent_emoji(folder: Path, languages: list[str]) -> Iterator[Record]:
     archives = [folder / name for name in ("emoji.tgz", "annotations.tgz", "annotations-derived.tgz")]
     missing = [str(path) for path in archives if not path.is_file()]
     if missing:
-        raise DataError(f"{missing[0]} is not there", "the emoji are fetched first", "unicom data fetch", DOCS)
+        remedy = "run `unicom data fetch` with the same recipe first"
+        raise DataError(f"{missing[0]} is not there", "the emoji are fetched", remedy, DOCS)
     names: list[dict[str, Any]] = [{} for _ in languages]
     for path, kind in ((archives[1], "annotations"), (archives[2], "annotationsDerived")):
         with tarfile.open(path) as tar:

@@ -68,6 +68,19 @@ def test_preview_shows_the_pictures(recipe, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "code", "remedy"),
+    [
+        (["--set", "heldot"], 4, "it has train, heldout"),
+        (["--out", "picture"], 2, "for example picture.png"),
+        (["--out", "picture.xyz"], 2, "for example picture.xyz.png"),
+    ],
+)
+def test_preview_of_a_set_or_into_a_file_that_cannot_be_is_refused(options, code, remedy, recipe, capsys):
+    assert run(["data", "preview", recipe, *options]) == code
+    assert f"  fix:  {remedy}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "command", [["data", "check"], ["data", "stats"], ["data", "preview"], ["features", "status"], ["features", "run"]]
 )
 def test_missing_sets_say_which_command_makes_them(command, recipe, tmp_path, capsys):
@@ -76,8 +89,29 @@ def test_missing_sets_say_which_command_makes_them(command, recipe, tmp_path, ca
 
 
 def test_missing_source_is_refused_with_what_a_source_may_be(tmp_path, capsys):
-    assert run(["data", "ingest", str(tmp_path / "none"), "--out", str(tmp_path / "sets")]) == 2
-    assert "a folder" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("")
+    for name, what in (("none", "is not there"), ("notes.txt", "is no source")):
+        assert run(["data", "ingest", str(tmp_path / name), "--out", str(tmp_path / "sets")]) == 2
+        assert f"{name}' {what}\n  why:  a source is `fluent-emoji`, a folder" in capsys.readouterr().err
+
+
+def test_a_source_without_a_place_for_its_sets_is_told_to_name_one(tmp_path, capsys):
+    assert run(["data", "ingest", str(tmp_path)]) == 2
+    assert "add --out" in capsys.readouterr().err
+
+
+def test_missing_features_say_which_command_makes_them(recipe, capsys):
+    assert run(["features", "verify", recipe, "encoder.kind=random"]) == 4
+    assert "run `unicom features run`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["sample"], ["sample", "red apple"], ["eval"], ["chat"]])
+@pytest.mark.parametrize("name", ["none", "empty"])
+def test_a_folder_without_a_model_is_told_what_to_name(command, name, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    folder = tmp_path / name
+    assert run([command[0], str(folder), *command[1:]]) == 5
+    assert f"{folder} holds no model\n" in capsys.readouterr().err
 
 
 def test_sample_inputs_are_checked_before_anything_heavy(tmp_path, capsys):
@@ -85,6 +119,7 @@ def test_sample_inputs_are_checked_before_anything_heavy(tmp_path, capsys):
     assert "none.png" in capsys.readouterr().err
     assert run(["sample", str(tmp_path), "--reconstruct", str(tmp_path)]) == 4
     assert "no image" in capsys.readouterr().err
+    (tmp_path / "model_index.json").write_text("{}")
     assert run(["sample", str(tmp_path)]) == 2
     assert "unicom sample" in capsys.readouterr().err
 

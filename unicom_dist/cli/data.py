@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import typer
 
 from unicom_dist.cli.screen import AsJson, Overrides, Recipe, load, logged, print_json, print_table, say
-from unicom_dist.config.errors import DataError
+from unicom_dist.config.errors import ConfigError, DataError
 
+DOCS = "docs/data.md"
 app = typer.Typer(help="Fetch assets; make, check and show shards of image-text pairs.", no_args_is_help=True)
 Source = Annotated[
     str, typer.Argument(metavar="RECIPE|SOURCE", help="A recipe; or, with --out, a folder, table or glob of tars.")
@@ -23,7 +24,7 @@ def fetch(
         Literal["quick", "reconstruction"], typer.Option(help="Also what this evaluation needs.")
     ] = "quick",
 ) -> None:
-    """Fetch the assets the recipe names, pinned and digest-checked; what is there is not fetched again."""
+    """Fetch the assets the recipe names, pinned and digest-checked. What is there is not fetched again."""
     from pipelines import fetch as job
 
     with logged():
@@ -36,7 +37,7 @@ def ingest(
     overrides: Overrides = None,
     out: Annotated[str, typer.Option(help="Folder for the sets; SOURCE is then a source, not a recipe.")] = "",
 ) -> None:
-    """Turn a source of image-text pairs into shards with index and manifest, and split off held-out keys."""
+    """Turn a source of image-text pairs into shards. Beside them index and manifest; held-out keys are split off."""
     from pipelines import ingest as job
     from unicom_dist.config.load import load_values
 
@@ -44,6 +45,9 @@ def ingest(
         values = {"name": "ingest", "run_dir": out, "data": {"source": source, "path": out}}
         loaded = load_values(values, overrides or [])
     else:
+        if (folder := Path(source)).is_dir() and not (folder / "config.yaml").is_file():
+            why = "it is a source, not a recipe, and says nothing about where the sets go"
+            raise ConfigError(f"unicom data ingest {source}", why, "add --out and a folder, such as data/mine", DOCS)
         loaded = load(source, overrides)
     with logged():
         job.run(loaded.config)
@@ -51,7 +55,7 @@ def ingest(
 
 @app.command()
 def check(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Compare every shard with its manifest: there, whole, the same bytes."""
+    """Compare every shard with its manifest, byte for byte."""
     from unicom_dist.data.overview import check_sets
 
     checks = list(check_sets(load(recipe, overrides).config.data.path))
@@ -67,7 +71,7 @@ def check(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) 
             f"{len(damaged)} of {len(checks)} parts are damaged",
             f"{first.set}/{first.part}: {first.problems[0]}",
             "run the command that made them again: `unicom data ingest`, `unicom features run`",
-            "docs/data.md",
+            DOCS,
         )
 
 
@@ -115,10 +119,14 @@ def preview(
     count: Annotated[int, typer.Option(min=1, help="Pictures shown.")] = 24,
 ) -> None:
     """Draw pictures of a set under their captions into one image file."""
+    from PIL import Image
+
     from unicom_dist.data import overview
     from unicom_dist.sample.grid import picture_grid
 
     config = load(recipe, overrides).config
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(f"--out {out}", "its ending names no kind of picture", f"for example {out}.png", DOCS)
     images, captions = overview.preview(config.data.path, name, count)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture_grid(images, captions, title=f"{config.data.path} {name}").save(out)

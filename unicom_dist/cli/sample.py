@@ -57,7 +57,7 @@ def sample(
     """Draw prompts, describe, edit and reconstruct images. With none of these given, what the run's recipe names."""
     config = recipe_of(checkpoint)
     everything = not (prompts or image or reconstruct)
-    if everything and config is None:
+    if everything and config is None and (Path(checkpoint) / "model_index.json").is_file():
         raise ConfigError(
             "nothing to do",
             "no prompt, --image or --reconstruct was given, and a model folder has no recipe to take them from",

@@ -62,9 +62,9 @@ class Manifest(BaseModel):
             content["shards"] = [ShardEntry(**shard) for shard in content["shards"]]
             return cls.model_validate(content)
         except FileNotFoundError as error:
-            command = "unicom data ingest" if not part else f"the command that computes {part!r}"
+            command = {"": "unicom data ingest", "latent": "unicom train"}.get(part, "unicom features run")
             raise DataError(
-                f"{path} does not exist", "shards without a manifest are unfinished", f"run {command}", _DOCS
+                f"{path} does not exist", "shards without a manifest are unfinished", f"run `{command}`", _DOCS
             ) from error
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise DataError(

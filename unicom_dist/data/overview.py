@@ -99,7 +99,7 @@ def preview(folder: str | Path, name: str, count: int) -> tuple[list[Image.Image
 
     Of a conversation the pictures that it shows, each under what is said up to it.
     """
-    path = Path(folder) / name if Manifest.file(Path(folder) / name).is_file() else existing_sets(folder)[0]
+    path = _set_folder(Path(folder), name)
     shards = ShardSet(path)
     if not len(shards):
         raise DataError(
@@ -125,6 +125,21 @@ def preview(folder: str | Path, name: str, count: int) -> tuple[list[Image.Image
             images.append(_image(shown))
             labels.append(text)
     return images, labels
+
+
+def _set_folder(root: Path, name: str) -> Path:
+    """The set `name` below `root`, or `root` itself when it is a set. DataError if there is none."""
+    found = {path.name: path for path in existing_sets(root)}
+    if root in found.values():
+        return root
+    if name not in found:
+        raise DataError(
+            f"{root} has no set {name!r}",
+            "no folder of this name has a manifest",
+            f"it has {', '.join(found)}",
+            "docs/data.md",
+        )
+    return found[name]
 
 
 def _samples(folders: list[Path]) -> dict[str, Sample]:

@@ -14,14 +14,14 @@ from unicom_dist.config.load import load_recipe
 from unicom_dist.config.schema import Config
 from unicom_dist.evaluate.rows import Row
 from unicom_dist.models.encoders.base import fingerprint, weights_digest
-from unicom_dist.sample.loading import MODEL_INDEX, find_parts
+from unicom_dist.sample.loading import find_parts
 
 EVAL_FILE = "eval.json"
 
 
 def recipe_of(folder: Path, recipe: str | Path) -> Config:
-    """The recipe given, else the run's own. ConfigError for a model folder without one."""
-    if recipe or (folder / "config.yaml").is_file() or not (folder / MODEL_INDEX).is_file():
+    """The recipe given, else the run's own. ConfigError: a model folder without one; CheckpointError: no model."""
+    if recipe or (folder / "config.yaml").is_file():
         return load_recipe(recipe or folder).config
     name = read_weights_config(find_parts(folder).codec).get("provenance", {}).get("recipe", "RECIPE")
     raise ConfigError(

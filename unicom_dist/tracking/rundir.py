@@ -11,6 +11,7 @@ import yaml
 from unicom_dist.config.errors import DataError
 
 CONFIG_FILE = "config.yaml"
+DOCS = "docs/tracking.md"
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,15 @@ def run_folder(path: str | Path) -> Path:
     """`path` as an absolute folder that looks like a run; DataError when it is none."""
     folder = Path(path).resolve()
     if not folder.is_dir():
-        raise DataError(f"{path} is not a folder", "a run directory is expected", "give the `run_dir` of a recipe")
+        raise DataError(
+            f"{path} is not a folder", "a run directory is expected", "give the `run_dir` of a recipe", DOCS
+        )
     if not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml", "status")):
         raise DataError(
             f"{path} is not a run directory",
             "it has none of metrics.jsonl, config.yaml and status",
             "give the `run_dir` of a recipe that was started with `unicom train`",
+            DOCS,
         )
     return folder
 
