@@ -67,8 +67,8 @@ def test_help_takes_less_than_half_a_second_of_processor_time():
     [
         (["trian", "tiny"], "train"),
         (["config", "shw", "tiny"], "show"),
-        (["config", "show", "--jsn", "tiny"], "--json"),
-        (["eval", "runs/x", "--suite", "quik"], "quick"),
+        (["config", "show", "--jsn", "tiny"], "did you mean --json? `unicom config show --help` lists"),
+        (["eval", "runs/x", "--suite", "quik"], "'--suite': 'quik' is not one of 'quick'"),
         (["train", "tiny", "--stage", "sfft"], "did you mean sft?"),
         (["config", "show", "tinny"], "recipes/tiny.yaml"),
         (["config", "explain", "codec.decoder.patchpx"], "codec.decoder.patch_px"),

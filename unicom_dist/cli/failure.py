@@ -49,7 +49,7 @@ def guarded(command: Callable[[], object]) -> int:
 
 def usage_error(error: Exception) -> ConfigError:
     """A mistyped command or option as a ConfigError that names the nearest one."""
-    message = error.format_message().strip()  # type: ignore[attr-defined]
+    message = error.format_message().strip().replace("Value error, ", "")  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "unicom"
     what, _, hint = message.partition(" Did you mean ")
@@ -57,7 +57,7 @@ def usage_error(error: Exception) -> ConfigError:
     if near:
         what, hint = what.partition(" (Possible")[0], " or ".join(near) + "?"
     fix = f"did you mean {hint}" if hint else ""
-    remedy = "; ".join(part for part in (fix, f"`{path} --help` lists what there is") if part)
+    remedy = " ".join(part for part in (fix, f"`{path} --help` lists what there is") if part)
     return ConfigError(what.rstrip("."), f"`{path}` does not take it" if hint else "", remedy, DOCS)
 
 
