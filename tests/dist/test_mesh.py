@@ -17,6 +17,7 @@ def listen(rank: int, world: int, meeting: str) -> set[str]:
     os.environ[RENDEZVOUS] = meeting
     mesh = init_mesh(timeout_s=60)
     assert mesh.everyone.sum(torch.ones(1)).item() == world
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"  # not by chance, as where the host's name means 127.0.0.1
     addresses = {c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
     mesh.barrier()
     return addresses
