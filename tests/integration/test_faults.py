@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_run import launcher, tiny_run, write_stats
+from training_run import launcher, tiny_run, write_codec, write_stats
 
 from unicom_dist.checkpoint.saved import latest, read_extra
 from unicom_dist.config.errors import DataError, HangError, NonFiniteError, Preempted, PreflightError
@@ -27,24 +27,24 @@ from training_run import tiny_run, write_stats
 from unicom_dist.config.errors import UnicomError
 from unicom_dist.train.pipeline import run
 try:
-    run(tiny_run(Path({folder!r}), **{overrides!r}), write_stats, only="codec", say=print)
+    run(tiny_run(Path({folder!r}), **{overrides!r}), write_stats, only={stage!r}, say=print)
 except UnicomError as error:
     print(error)
     sys.exit(error.exit_code)
 """
 
 
-def start(folder: Path, **overrides: object) -> subprocess.Popen[str]:
+def start(folder: Path, stage: str = "codec", **overrides: object) -> subprocess.Popen[str]:
     """A launcher in a process of its own, as `unicom train` is."""
-    code = DRIVER.format(here=str(Path(__file__).parent), folder=str(folder), overrides=overrides)
+    code = DRIVER.format(here=str(Path(__file__).parent), folder=str(folder), stage=stage, overrides=overrides)
     return launcher(code)
 
 
-def wait_for_checkpoint(config, process: subprocess.Popen[str], timeout_s: float = 150) -> Path:
-    """The first checkpoint of the codec."""
+def wait_for_checkpoint(config, process: subprocess.Popen[str], stage: str = "codec", timeout_s: float = 150) -> Path:
+    """The first checkpoint of a stage."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        found = latest(Path(config.run_dir) / "checkpoints" / "codec")
+        found = latest(Path(config.run_dir) / "checkpoints" / stage)
         if found is not None:
             return found
         assert process.poll() is None, process.communicate()[0]
@@ -122,6 +122,36 @@ def test_a_killed_rank_ends_the_others_at_once_and_the_next_start_continues(tmp_
 
 
 @pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_rank_of_zero3_killed_in_a_prior_stage_changes_no_bit_of_its_weights(tmp_path):
+    steps = 30
+    stages = {"alignment": {"steps": steps, "checkpoint_every": 5, "trainable": "all"}}
+    overrides = {"stages": stages, "parallel": {"nproc": 2, "zero_stage": 3}}
+    cut, whole = (tiny_run(tmp_path / name, **overrides) for name in ("cut", "whole"))
+    for config in (cut, whole):
+        write_codec(config)
+    process = start(tmp_path / "cut", "alignment", **overrides)
+    wait_for_checkpoint(cut, process, "alignment", timeout_s=300)
+    ranks = ranks_of(process)
+    os.kill(ranks[1], signal.SIGKILL)
+    code, out = finish(process)
+    assert code == 7, out
+    assert "rank 1 was ended by SIGKILL" in out
+    assert "continues from the last checkpoint" in out
+    assert "Traceback" not in out
+    assert all(gone(pid) for pid in ranks)
+    assert read_extra(latest(Path(cut.run_dir) / "checkpoints" / "alignment"))["step"] < steps
+    weights = []
+    for config in (cut, whole):
+        code, out = finish(start(Path(config.run_dir).parents[1], "alignment", **overrides), timeout_s=600)
+        assert code == 0, out
+        assert ("continues at step" in out) == (config is cut)
+        weights.append((Path(config.run_dir) / "weights" / "alignment" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.dist
 def test_ranks_stop_by_themselves_when_their_launcher_is_killed(tmp_path):
     config = tiny_run(tmp_path, stages=LONG)
     process = start(tmp_path, stages=LONG)
@@ -162,13 +192,17 @@ def test_numbers_that_are_not_finite_name_the_samples_and_leave_the_checkpoint(t
     assert status.exit_code == NonFiniteError.exit_code == 6
 
 
-def test_an_error_in_a_rank_reaches_the_caller_as_it_was_raised(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "left", "words"),
+    [("tiny-000000.tar", 2000, "is cut off"), ("tiny-000000.random.tar", 0, "is empty (0 bytes)")],
+)
+def test_an_error_in_a_rank_reaches_the_caller_as_it_was_raised(tmp_path, name, left, words):
     config = tiny_run(tmp_path)
-    shard = next((tmp_path / "data" / "train").glob("tiny-000000.tar"))
-    shard.write_bytes(shard.read_bytes()[:2000])
+    shard = tmp_path / "data" / "train" / name
+    shard.write_bytes(shard.read_bytes()[:left])
     with pytest.raises(DataError) as caught:
         run(config, write_stats, only="codec")
-    assert shard.name in str(caught.value)
+    assert f"{shard} {words}" in caught.value.what
     assert read_status(config.run_dir).exit_code == 4
 
 

@@ -9,17 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from training_run import tiny_run, write_stats
+from training_run import tiny_run, write_codec, write_stats
 
 from unicom_dist.config.errors import DataError, HangError
 from unicom_dist.config.schema import Config
-from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.distributed import RankFailure, free_port, run_ranks
 from unicom_dist.tracking.status import read_status, write_status
 from unicom_dist.train.ema import Ema
 from unicom_dist.train.pipeline import run
-from unicom_dist.train.tasks import make_task
 
 TIMEOUT_S = 15
 STALL_S = 4
@@ -30,26 +27,21 @@ def with_finished_codec(folder: Path) -> Config:
     config = tiny_run(folder, parallel={"nproc": 2, "timeout_s": TIMEOUT_S})
     kept = [config.stage(name) for name in ("codec", "latents", "alignment")]
     config = config.model_copy(update={"stages": kept})
-    codec = Path(config.run_dir) / "weights" / "codec"
-    if not codec.exists():
-        write_stats(config)
-        task = make_task(config, kept[0])
-        parameters = dict(task.build(Mesh(0, 1, torch.device("cpu"))).named_parameters())
-        task.export(codec, parameters, kept[0].steps)
+    write_codec(config)
     return config
 
 
-def slow(config: Config) -> None:
+def slow(config: Config, *_: object) -> None:
     """Latents that take longer than a collective may."""
     time.sleep(TIMEOUT_S + 4)
 
 
-def damaged(config: Config) -> None:
+def damaged(config: Config, *_: object) -> None:
     time.sleep(1)
     raise DataError("features are damaged", "why", "remedy")
 
 
-def stopped(config: Config) -> None:
+def stopped(config: Config, *_: object) -> None:
     """Rank 0 is no more, for all that the other one can see."""
     time.sleep(2)  # what it sent before has arrived
     os.kill(os.getpid(), signal.SIGSTOP)

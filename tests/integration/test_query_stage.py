@@ -50,7 +50,7 @@ def finished(tmp_path_factory) -> Config:
     return config
 
 
-def with_latents(config: Config) -> None:
+def with_latents(config: Config, *_: object) -> None:
     """The latents that are there, as if this codec had made them."""
     write_stats(config)
     codec = Path(config.run_dir) / "weights" / "codec"

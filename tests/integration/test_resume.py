@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import StopAfter, losses, tiny_run, write_stats
+from training_run import StopAfter, losses, tiny_run, write_codec, write_stats
 
 from unicom_dist.checkpoint.saved import checkpoints, latest, read_extra
 from unicom_dist.config.errors import CheckpointError, Preempted
@@ -15,7 +15,6 @@ from unicom_dist.parallel.mesh import Mesh, init_mesh, join
 from unicom_dist.testing.distributed import run_ranks
 from unicom_dist.train.loop import start_run, train_stage
 from unicom_dist.train.pipeline import prepare_vocabulary
-from unicom_dist.train.tasks import make_task
 from unicom_dist.train.watchdog import Watchdog
 
 STEPS = {"codec": {"steps": 6}, "sft": {"steps": 6, "mixture": {"text": 1, "text_to_image": 1, "image_to_text": 1}}}
@@ -28,10 +27,8 @@ def configure(folder: Path, stage: str, zero_stage: int, nproc: int):
     config = config.model_copy(update={"stages": kept})
     write_stats(config)
     prepare_vocabulary(config)
-    codec = Path(config.run_dir) / "weights" / "codec"
-    if stage != "codec" and not codec.exists():
-        task = make_task(config, config.stage("codec"))
-        task.export(codec, dict(task.build(Mesh(0, 1, torch.device("cpu"))).named_parameters()), 0)
+    if stage != "codec":
+        write_codec(config)
     return config
 
 

@@ -12,10 +12,12 @@ from unicom_dist.config.schema import Config
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.encoders import encoder_fingerprint
+from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.shards import write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.tracking.metrics import read_metrics
 from unicom_dist.train.signals import StopRequest
+from unicom_dist.train.tasks import make_task
 
 
 def tiny_run(folder: Path, feature_channels: int = 12, **overrides: Any) -> Config:
@@ -31,7 +33,7 @@ def tiny_run(folder: Path, feature_channels: int = 12, **overrides: Any) -> Conf
     return config
 
 
-def write_stats(config: Config) -> None:
+def write_stats(config: Config, *_: object) -> None:
     """In place of the latents stage: the latents are there already, only their statistics are not."""
     path = Path(config.run_dir) / "latents" / "stats.json"
     if path.exists():
@@ -39,6 +41,18 @@ def write_stats(config: Config) -> None:
     channels = config.codec.compressor.channels
     stats = LatentStats(torch.zeros(channels), torch.ones(channels))
     path.write_text(json.dumps(stats.to_json()))
+
+
+def write_codec(config: Config) -> None:
+    """In place of the codec's stage: its weights as they are before the first step, with the latents' statistics."""
+    folder = Path(config.run_dir) / "weights" / "codec"
+    if folder.exists():
+        return
+    write_stats(config)
+    stage = config.stage("codec")
+    task = make_task(config, stage)
+    parameters = dict(task.build(Mesh(0, 1, torch.device("cpu"))).named_parameters())
+    task.export(folder, parameters, stage.steps)
 
 
 def losses(config: Config, stage: str) -> dict[int, float]:
