@@ -34,7 +34,7 @@ help:
 	@echo "make quickstart   fetch, ingest, encode, train, draw, evaluate, report: about 15 minutes on 2 cores"
 	@echo "make test         ruff, mypy, import rules, quick tests"
 	@echo "make test-all     the slow tests too"
-	@echo "make laptop       the same pipeline for longer: 1 to 2 hours on 2 cores, minutes on a GPU"
+	@echo "make laptop       the same pipeline for longer: about an hour on 2 cores, minutes on a GPU"
 	@echo "make bench        side-by-side measurements into benchmarks/results"
 	@echo "make install      only .venv with the package and its test tools (PYTHON=python3.11 chooses the Python)"
 
