@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unicom_dist.config.errors import PreflightError
 from unicom_dist.config.layout import Layout
 from unicom_dist.config.schema import ParallelConfig
-from unicom_dist.parallel.deepspeed_adapter import ORDER, import_deepspeed, scope_order_check
+from unicom_dist.parallel.deepspeed_adapter import ORDER, import_deepspeed, module_counter, scope_order_check
 from unicom_dist.parallel.deepspeed_config import deepspeed_config
 from unicom_dist.parallel.engine import OptimizerConfig, whole_tensors
 from unicom_dist.parallel.mesh import Mesh, init_mesh
@@ -67,6 +67,7 @@ def work(rank: int, world: int) -> dict[object, object]:
     mesh, found = init_mesh(timeout_s=60), {}
     deepspeed = import_deepspeed(mesh.device)
     deepspeed.zero.Init.param_id += rank  # as after engines of pp_stages with unequal numbers of parameters
+    module_counter()[0] += rank
     gc.freeze()
     for stage in (1, 2, 3):
         for precision in ("float32", "bfloat16"):

@@ -121,15 +121,27 @@ def scope_order_check(deepspeed: Any) -> None:
 
 
 def number_alike(deepspeed: Any, mesh: Mesh) -> None:
-    """Let the ranks of `mesh.zero` give the next parameters equal numbers, by which the order check tells them.
+    """Let the ranks of `mesh.zero` give the next parameters and modules equal numbers, as the order check needs.
 
     DeepSpeed counts on over all engines of a process, and ranks that held different pp_stages before have counted
     differently. Collective over `mesh.zero`.
     """
-    init = deepspeed.zero.Init
+    init, modules = deepspeed.zero.Init, module_counter()
     if not isinstance(getattr(init, "param_id", None), int):
         raise other_version(deepspeed, ["zero.Init.param_id"])
-    init.param_id = int(mesh.zero.max(torch.tensor([init.param_id], device=mesh.device)))
+    counts = torch.tensor([init.param_id, modules[0]], device=mesh.device)
+    init.param_id, modules[0] = mesh.zero.max(counts).tolist()
+
+
+def module_counter() -> list[int]:
+    """The number that DeepSpeed's ZeRO-3 gives the next module, as the one item of the list in which it counts."""
+    offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
+    defaults = getattr(getattr(offload, "_register_deepspeed_module", None), "__defaults__", None)
+    if not (defaults and isinstance(defaults[0], list) and [type(n) for n in defaults[0]] == [int]):
+        deepspeed = importlib.import_module("deepspeed")
+        raise other_version(deepspeed, ["DeepSpeedZeRoOffload._register_deepspeed_module(…, count=[number])"])
+    counter: list[int] = defaults[0]
+    return counter
 
 
 class Groups:
