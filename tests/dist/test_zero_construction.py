@@ -43,6 +43,7 @@ def value(name: str) -> Tensor:
 
 def live_bytes() -> int:
     """Of all tensors made since `gc.freeze`, each storage once."""
+    gc.collect()  # what only waits to be collected is not alive
     storages = {}
     for thing in gc.get_objects():
         if isinstance(thing, Tensor) and not thing.is_meta:
