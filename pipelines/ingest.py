@@ -27,7 +27,7 @@ from pipelines.shard_sets import SetSummary, existing, fingerprint
 from pipelines.sources import Record, Source, open_source
 from unicom_dist.config.errors import DataError, PreflightError
 from unicom_dist.config.schema import Config, DataConfig
-from unicom_dist.config.storage import write_failed
+from unicom_dist.config.storage import make_folder
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.sizes import shard_sizes
 from unicom_dist.data.tar import ShardEntry, ShardWriter
@@ -105,13 +105,7 @@ def _producer(source: Source, name: str, views: range, config: Config) -> dict[s
 
 
 def _check_room(target: Path, needed: float) -> None:
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        probe = target / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise write_failed(target, error) from error
+    make_folder(target)
     free = shutil.disk_usage(target).free
     if free < needed:
         raise PreflightError(

@@ -5,7 +5,6 @@ size noted there. Sets are the folders train/, augmented/ and heldout/ below `da
 """
 
 import itertools
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 from pipelines.ledger import Entry, Ledger, read_ledger
 from unicom_dist.config.errors import DataError, PreflightError
 from unicom_dist.config.schema import Config
-from unicom_dist.config.storage import write_failed
+from unicom_dist.config.storage import make_folder
 from unicom_dist.data.decode import IMAGE_EXTENSIONS
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.shardset import ShardSet, part_name
@@ -173,13 +172,7 @@ def remove_leftovers(sets: Sequence[PartSet]) -> None:
 def check_room(sets: Sequence[PartSet], needed: int) -> None:
     """PreflightError if the folders cannot be written or have less than `needed` bytes free."""
     for part in sets:
-        probe = part.folder / f".writable.{os.getpid()}.tmp"
-        try:
-            part.folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise write_failed(part.folder, error) from error
+        make_folder(part.folder)
     free = shutil.disk_usage(sets[0].folder).free
     if free < needed:
         raise PreflightError(

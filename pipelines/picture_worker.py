@@ -1,6 +1,5 @@
 """What one worker of `unicom generate` does: draw pictures with one model, into PNGs or into a tar."""
 
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -8,9 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from unicom_dist.data.encode import png_bytes
 from unicom_dist.data.tar import ShardWriter, replace_file
 from unicom_dist.sample.guidance import Renorm
 from unicom_dist.sample.pipeline import MAX_PROMPT_TOKENS, UniComPipeline
@@ -100,7 +98,7 @@ class GenerateWorker:
             )
             for wanted, image in zip(usable, drawn, strict=True):
                 facts = {**asdict(how), "prompt": wanted.prompt, "seed": wanted.seed, "model": self._fingerprint}
-                yield wanted, facts, _png(image, facts)
+                yield wanted, facts, png_bytes(image, facts)
             count(len(some))
 
     def _fits(self, wanted: Wanted, skipped: dict[str, str]) -> bool:
@@ -108,15 +106,6 @@ class GenerateWorker:
         if length > MAX_PROMPT_TOKENS:
             skipped[wanted.key] = f"the prompt has {length} tokens, at most {MAX_PROMPT_TOKENS} are read"
         return length <= MAX_PROMPT_TOKENS
-
-
-def _png(image: Image.Image, facts: dict[str, Any]) -> bytes:
-    texts = PngInfo()
-    for name, value in facts.items():
-        texts.add_itxt(name, str(value))
-    buffer = io.BytesIO()
-    image.save(buffer, "png", pnginfo=texts)
-    return buffer.getvalue()
 
 
 def picture_file(folder: Path, wanted: Wanted) -> Path:

@@ -6,7 +6,6 @@ cannot be read is left out and named. The ledger says what model and settings ma
 """
 
 import hashlib
-import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -15,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from pipelines.ledger import Ledger
 from pipelines.parts import reason_of
@@ -23,6 +21,7 @@ from pipelines.picture_list import DOCS, SHEET, Picture, list_pictures
 from pipelines.progress import JobProgress
 from pipelines.ray_pool import ActorPool, ray_session, resources
 from unicom_dist.config.errors import DataError
+from unicom_dist.data.encode import png_bytes
 from unicom_dist.data.tar import replace_file
 from unicom_dist.models.encoders.base import weights_digest
 from unicom_dist.models.encoders.crop import crop_to_ratio
@@ -96,12 +95,7 @@ class ReconstructWorker:
             images, seeds, settings.decoder_steps, settings.solver, guidance=settings.guidance
         )
         for (picture, _), seed, result in zip(originals, seeds, drawn, strict=True):
-            facts = PngInfo()
-            facts.add_itxt("source", picture.name)
-            facts.add_text("seed", str(seed))
-            buffer = io.BytesIO()
-            result.save(buffer, "png", pnginfo=facts)
-            replace_file(Path(picture.target), buffer.getvalue())
+            replace_file(Path(picture.target), png_bytes(result, {"source": picture.name, "seed": seed}))
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -221,7 +215,5 @@ def _sheet(pictures: Sequence[Picture], out: Path) -> None:
             labels += [picture.name, "reconstructed"]
     if not both:
         return
-    buffer = io.BytesIO()
-    picture_grid(both, labels, columns=8 if len(both) > 6 else 2).save(buffer, "png")
-    replace_file(out / SHEET, buffer.getvalue())
+    replace_file(out / SHEET, png_bytes(picture_grid(both, labels, columns=8 if len(both) > 6 else 2)))
     log.info("%d of them beside their originals: %s", count, out / SHEET)

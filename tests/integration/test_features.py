@@ -21,6 +21,7 @@ from PIL import Image
 
 from pipelines import features, ingest, latents, parts
 from pipelines.ray_pool import ActorPool, Resources, ray_session
+from unicom_dist.config import storage
 from unicom_dist.config.errors import ConfigError, DataError, Preempted, PreflightError
 from unicom_dist.config.schema import Config
 from unicom_dist.data.manifest import Manifest
@@ -219,7 +220,7 @@ def test_no_space_no_permission_and_no_images_are_said_before_ray_starts(
         with pytest.raises(PreflightError, match="GB free"):
             features.run(config)
     with monkeypatch.context() as patch:
-        patch.setattr(parts.Path, "touch", _refuse)
+        patch.setattr(storage.tempfile, "NamedTemporaryFile", _refuse)
         with pytest.raises(PreflightError, match="cannot write"):
             features.run(config)
     empty = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "none")})})
@@ -230,8 +231,8 @@ def test_no_space_no_permission_and_no_images_are_said_before_ray_starts(
         features.run(wrong)
 
 
-def _refuse(self: Path, *_: Any, **__: Any) -> None:
-    raise OSError(30, "Read-only file system", str(self))
+def _refuse(*, dir: Path, prefix: str) -> None:
+    raise OSError(30, "Read-only file system", str(dir / prefix))
 
 
 def test_latents_on_ray_equal_latents_in_this_process(done: Config, monkeypatch: pytest.MonkeyPatch) -> None:

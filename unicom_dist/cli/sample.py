@@ -1,6 +1,5 @@
 """`unicom sample`: pictures for prompts, captions for images, reconstructions beside originals."""
 
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from unicom_dist.config.storage import check_writable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.PngImagePlugin import PngInfo
 
     from unicom_dist.config.schema import Config, SampleConfig
     from unicom_dist.sample.pipeline import UniComPipeline
@@ -193,22 +191,16 @@ def _edit(
 
 
 def _save(picture: "Image", path: Path, prompt: str, seed: int) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    facts = PngInfo()
-    facts.add_itxt("prompt", prompt)
-    facts.add_text("seed", str(seed))
-    _write(picture, path, facts)
+    _write(picture, path, prompt=prompt, seed=seed)
     say(f"{prompt} (seed {seed}): {path}")
 
 
-def _write(picture: "Image", path: Path, facts: "PngInfo | None" = None) -> None:
+def _write(picture: "Image", path: Path, **facts: object) -> None:
     """Under its name a picture is whole, whenever the command is stopped."""
+    from unicom_dist.data.encode import png_bytes
     from unicom_dist.data.tar import replace_file
 
-    content = io.BytesIO()
-    picture.save(content, "PNG", pnginfo=facts)
-    replace_file(path, content.getvalue())
+    replace_file(path, png_bytes(picture, facts))
 
 
 def _reconstruct_folder(

@@ -47,3 +47,12 @@ def check_writable(folder: Path) -> None:
             probe.flush()
     except OSError as error:
         raise write_failed(folder, error) from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` if it is not there. PreflightError unless it then takes a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_failed(folder, error) from error
+    check_writable(folder)

@@ -4,7 +4,6 @@
 `log_every`; evaluation and pictures run on the averaged weights in a second copy of the model.
 """
 
-import io
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from unicom_dist.config.errors import PreflightError
+from unicom_dist.data.encode import png_bytes
 from unicom_dist.data.tar import replace_file
 from unicom_dist.objective.terms import LossTerm
 from unicom_dist.parallel.engine import whole_tensors
@@ -229,12 +229,10 @@ class Observer:
         if model is not None and self._metrics and self._console:
             path = Path(self.run.config.run_dir) / "samples" / self.stage.name / f"step-{self.run.step:06d}.png"
             grid, labels = self.run.task.draw(model)
-            content = io.BytesIO()
-            grid.save(content, "png")
             kind = "reconstructions" if self.stage.kind == "codec" else "prompts"
             record = {"kind": kind, "stage": self.stage.name, "step": self.run.step, "labels": labels}
             try:
-                replace_file(path, content.getvalue())
+                replace_file(path, png_bytes(grid))
                 replace_file(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
             except PreflightError as error:  # the run goes on without them
                 log.warning("step %d: its pictures are lost: %s", self.run.step, error)
