@@ -39,6 +39,7 @@ from pipelines.progress import JobProgress
 from pipelines.ray_pool import ActorPool, ray_session, resources
 from unicom_dist.config.errors import CheckpointError, DataError
 from unicom_dist.config.schema import CodecConfig, Config
+from unicom_dist.config.storage import reason
 from unicom_dist.data.manifest import Manifest, latent_producer
 from unicom_dist.data.npy import read_npy, to_tensor, write_npy
 from unicom_dist.data.pairs import grid_of
@@ -146,7 +147,7 @@ def load_compressor(folder: Path) -> Compressor:
         model.load_state_dict(own)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder} does not hold a usable codec", str(error).splitlines()[0][:200], "train the codec again", DOCS
+            f"{folder} does not hold a usable codec", reason(error)[:200], "train the codec again", DOCS
         ) from error
     return model.eval().requires_grad_(False)
 
@@ -156,7 +157,7 @@ def _codec_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} holds no exported codec", str(error), "train it first: unicom train RECIPE --stage codec", DOCS
+            f"{folder} holds no exported codec", reason(error), "train it: unicom train RECIPE --stage codec", DOCS
         ) from error
     return config
 

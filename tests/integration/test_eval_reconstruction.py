@@ -265,7 +265,7 @@ def test_the_network_of_fid_is_asked_for_before_anything_is_measured(config: Con
 
 def test_folder_that_cannot_be_written(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PreflightError, match="cannot be written"):
+    with pytest.raises(PreflightError, match="cannot write"):
         measured(config, tmp_path / "file")
 
 

@@ -93,7 +93,7 @@ def test_a_rank_that_may_not_write_says_which_file_and_ends_all_with_the_status_
 def test_a_disk_without_room_for_a_word_ends_the_run_with_the_status_of_the_machine(tmp_path: Path) -> None:
     what = """
 def fill(line):
-    if "training on" in line:
+    if "training; ranks" in line:
         (folder / "logs").mkdir()
         with suppress(OSError), (folder / "logs" / "rank-00000.log").open("wb", buffering=0) as log:
             while log.write(bytes(4096)):

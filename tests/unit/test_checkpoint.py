@@ -233,7 +233,7 @@ def of_another_save(path: Path, other: Path) -> str:
 
 def gone(path: Path, other: Path) -> str:
     path.unlink()
-    return "No such file"
+    return "there is no such file"
 
 
 def one_bit(path: Path, other: Path) -> str:

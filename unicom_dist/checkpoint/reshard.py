@@ -16,6 +16,7 @@ from unicom_dist.checkpoint.tensorfile import TensorWriter
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.layout import Layout, refusals
 from unicom_dist.config.schema import ParallelConfig
+from unicom_dist.config.storage import reason
 from unicom_dist.models.backbone import Part
 from unicom_dist.models.sharding import EMBEDDING, outline
 from unicom_dist.parallel.engine import Fragment, Piece, fragments_of, pieces_of
@@ -51,7 +52,7 @@ def reshard(source: Path, out: Path, layout: Layout) -> None:
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint could not be written to {out}",
-            error.strerror or str(error),
+            reason(error),
             "free space or name a folder that can be written",
             DOCS,
         ) from None

@@ -20,6 +20,7 @@ from unicom_dist.checkpoint.overlap import shared
 from unicom_dist.checkpoint.tensorfile import TensorFile
 from unicom_dist.config.errors import CheckpointError
 from unicom_dist.config.layout import Layout
+from unicom_dist.config.storage import reason
 from unicom_dist.parallel.engine import Buffers, Fragment, Piece
 from unicom_dist.parallel.mesh import Mesh
 
@@ -85,7 +86,7 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}/state.json cannot be used",
-                f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error),
+                f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else reason(error),
                 remedy(path),
                 DOCS,
             ) from None

@@ -21,6 +21,7 @@ from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from unicom_dist.config.errors import CheckpointError
+from unicom_dist.config.storage import reason
 
 _NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -138,7 +139,7 @@ class TensorFile:
             if self._data + max(ends, default=0) != self.size:
                 raise ValueError(f"{self.size} bytes, its header describes {self._data + max(ends, default=0)}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self.damaged(error.strerror or "" if isinstance(error, OSError) else str(error)) from None
+            raise self.damaged(reason(error)) from None
         self._entries: dict[str, dict[str, Any]] = header
         self._whole: set[int] = set()  # numbers of the digests that were seen to be right
         self._scratch = bytearray()
@@ -210,7 +211,7 @@ class TensorFile:
             try:
                 count = os.preadv(self._descriptor, [room], position)
             except OSError as error:
-                raise self.damaged(error.strerror or str(error)) from None
+                raise self.damaged(reason(error)) from None
             if not count:
                 raise self.damaged("the file ends early")
             room, position = room[count:], position + count

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unicom_dist.checkpoint.tensorfile import TensorFile, TensorWriter, write_synced
 from unicom_dist.config.errors import CheckpointError
+from unicom_dist.config.storage import reason
 
 
 def export_weights(
@@ -57,7 +58,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
-            f"weights could not be exported to {folder}", str(error), "free space or make the folder writable"
+            f"weights could not be exported to {folder}", reason(error), "free space or make the folder writable"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -69,7 +70,7 @@ def read_weights_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} holds no exported weights", str(error), "run the stage that makes them: unicom train RECIPE"
+            f"{folder} holds no exported weights", reason(error), "run the stage that makes them: unicom train RECIPE"
         ) from None
     return config  # type: ignore[no-any-return]
 

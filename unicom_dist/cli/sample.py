@@ -9,7 +9,7 @@ import typer
 
 from unicom_dist.cli.screen import logged, say
 from unicom_dist.config.errors import ConfigError, DataError
-from unicom_dist.config.storage import check_writable
+from unicom_dist.config.storage import check_writable, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -255,7 +255,7 @@ def open_picture(path: Path) -> "Image":
     try:
         return decode_image(path.read_bytes(), str(path))
     except OSError as error:
-        raise DataError(f"{path} cannot be read", error.strerror or str(error), "name a readable image", DOCS) from None
+        raise DataError(f"{path} cannot be read", reason(error), "name a readable image", DOCS) from None
 
 
 def _slug(prompt: str) -> str:

@@ -49,7 +49,7 @@ def print_json(value: Any) -> None:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on a terminal; tab-separated lines elsewhere."""
     if not sys.stdout.isatty():
-        for row in rows:
+        for row in (columns, *rows):
             print("\t".join(row))
         return
     from rich.table import Table

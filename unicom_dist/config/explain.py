@@ -19,6 +19,7 @@ from unicom_dist.config.errors import ConfigError, PreflightError
 from unicom_dist.config.load import Loaded
 from unicom_dist.config.problems import known_keys, sections
 from unicom_dist.config.schema import Config
+from unicom_dist.config.storage import reason
 from unicom_dist.config.tree import DOCS, dump
 
 DEFAULT = "default"
@@ -79,8 +80,7 @@ def write_config(run_dir: str | Path, config: Config, origins: Mapping[str, str]
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise PreflightError(f"{path} cannot be written", reason, "choose another run_dir", DOCS) from None
+        raise PreflightError(f"{path} cannot be written", reason(error), "choose another run_dir", DOCS) from None
     return path
 
 

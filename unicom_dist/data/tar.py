@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
 
 from unicom_dist.config.errors import DataError, UnicomError
-from unicom_dist.config.storage import write_failed
+from unicom_dist.config.storage import reason, write_failed
 from unicom_dist.data.tarscan import BLOCK, Index, scan
 
 INDEX_FORMAT = "unicom-tar-index/1"
@@ -213,7 +213,7 @@ class Shard:
                     raise DataError(f"{self.path} is empty (0 bytes)", "an archive has at least its end mark", _REMAKE)
                 self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise DataError(f"cannot read {self.path}", error.strerror or str(error), _REMAKE) from error
+            raise DataError(f"cannot read {self.path}", reason(error), _REMAKE) from error
         self._view = memoryview(self._map)
         index = self._read_index(size)
         if index is None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from unicom_dist.config.errors import PreflightError
+from unicom_dist.config.storage import reason
 from unicom_dist.evaluate.picture_pairs import PictureSource
 from unicom_dist.evaluate.ruler import Ruler
 
@@ -58,7 +59,7 @@ class Worker:
             save_file(arrays, temporary, facts)
             os.replace(temporary, task.target)
         except (OSError, SafetensorError) as error:
-            raise PreflightError(f"{task.target} cannot be written", str(error), "free some space") from None
+            raise PreflightError(f"{task.target} cannot be written", reason(error), "free some space") from None
         count(len(numbers))
 
 
@@ -138,5 +139,5 @@ def _prepare(folder: Path, identity: str) -> None:
             note.write_text(identity, encoding="utf-8")
     except OSError as error:
         raise PreflightError(
-            f"{folder} cannot be written", str(error), "make it writable, or name another with --out"
+            f"{folder} cannot be written", reason(error), "make it writable, or name another with --out"
         ) from None

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from unicom_dist.checkpoint.weights import read_weights_config
 from unicom_dist.config.errors import CheckpointError, DataError
 from unicom_dist.config.schema import CodecConfig, Config, EncoderConfig
+from unicom_dist.config.storage import reason
 from unicom_dist.data.buckets import Buckets, Shape
 from unicom_dist.data.decode import decode_image
 from unicom_dist.data.manifest import Manifest
@@ -234,5 +235,5 @@ def _open(path: Path) -> Image.Image:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read", str(error), "make it readable", DOCS) from None
+        raise DataError(f"{path} cannot be read", reason(error), "make it readable", DOCS) from None
     return decode_image(content, str(path))

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unicom_dist.config.errors import PreflightError
 from unicom_dist.config.schema import Config
+from unicom_dist.config.storage import make_folder
 from unicom_dist.data.pairs import spread
 from unicom_dist.evaluate.edits import draw_edits, edit_grid, edit_rows, read_edits
 from unicom_dist.evaluate.generation import Drawn, Gallery, accuracy_rows, draw, resnet_judge, untrained_prior
@@ -80,12 +80,7 @@ def run(
     config = config.model_copy(update={"encoder": pipeline.encoder_config, "codec": pipeline.codec.config})
     networks = networks or Networks.load(config, pipeline.device)
     grids = target / "samples" / "eval"
-    try:
-        grids.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PreflightError(
-            f"{grids} cannot be written", str(error), "make it writable, or name another with --out"
-        ) from None
+    make_folder(grids)
     result: dict[str, Any] = {"suite": "quick", "measured": identity}
     with _timed("pictures read"):
         encoder = pipeline.content["encoder_fingerprint"]

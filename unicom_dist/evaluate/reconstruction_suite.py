@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unicom_dist.config.errors import DataError, PreflightError
+from unicom_dist.config.errors import DataError
 from unicom_dist.config.load import load_recipe
 from unicom_dist.config.schema import Config, EvalConfig
+from unicom_dist.config.storage import make_folder
 from unicom_dist.data.pairs import spread
 from unicom_dist.evaluate.fid_features import NETWORK
 from unicom_dist.evaluate.parts import Build, Execute, in_this_process, measure_parts
@@ -85,10 +86,7 @@ def _run(build: Build, config: Config | None, target: Path, execute: Execute) ->
     began = time.perf_counter()
     source, ruler = build.source, build.ruler  # what is missing is said before anything is measured
     sheets, parts = target / "samples" / "eval", target / f".eval-{SUITE}"
-    try:
-        sheets.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PreflightError(f"{sheets} cannot be written", str(error), "name another folder with --out") from None
+    make_folder(sheets)
     settings = config.model_dump(mode="json", include={"eval", "encoder"}) if config else {}
     scores = SetScores(len(source.keys))
     for part in measure_parts(parts, len(source.keys), {"source": source.identity, **settings}, build, execute):

@@ -12,6 +12,7 @@ from unicom_dist.checkpoint.weights import read_weights_config
 from unicom_dist.config.errors import ConfigError, PreflightError
 from unicom_dist.config.load import load_recipe
 from unicom_dist.config.schema import Config
+from unicom_dist.config.storage import reason
 from unicom_dist.evaluate.rows import Row
 from unicom_dist.models.encoders.base import fingerprint, weights_digest
 from unicom_dist.sample.loading import find_parts
@@ -61,7 +62,7 @@ def write_result(folder: Path, content: dict[str, Any]) -> Path:
         temporary.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise PreflightError(f"{path} cannot be written", str(error), "name another folder with --out") from None
+        raise PreflightError(f"{path} cannot be written", reason(error), "name another folder with --out") from None
     return path
 
 

@@ -23,6 +23,7 @@ from unicom_dist.checkpoint.tensorfile import write_synced
 from unicom_dist.checkpoint.weights import read_weights_config
 from unicom_dist.config.errors import CheckpointError
 from unicom_dist.config.schema import CodecConfig, EncoderConfig, PriorConfig, SampleConfig
+from unicom_dist.config.storage import reason
 from unicom_dist.data.buckets import Buckets
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.models.flow import shift_factor
@@ -179,7 +180,9 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read", str(error), "copy or export the folder again", DOCS) from None
+        raise CheckpointError(
+            f"{path} cannot be read", reason(error), "copy or export the folder again", DOCS
+        ) from None
     return content
 
 

@@ -183,7 +183,7 @@ def _train_here(config: Config, stages: list[StageConfig], say: Callable[[str], 
         prepare_vocabulary(config)
     nproc = config.parallel.nproc
     threads = threads_per_rank(nproc, config.parallel.threads)
-    say(f"{', '.join(stage.name for stage in stages)}: training on {nproc} ranks, {threads} threads each")
+    say(f"{', '.join(stage.name for stage in stages)}: training; ranks: {nproc}, threads of each: {threads}")
     launch([(config, [stage.name for stage in stages])], Path(config.run_dir), nproc, threads)
 
 

@@ -101,7 +101,7 @@ def train(cells: Sequence[Cell], folder: Path, say: Callable[[str], None]) -> No
         return
     parallel = todo[0].config.parallel
     threads = threads_per_rank(parallel.nproc, parallel.threads)
-    say(f"{len(todo)} of {len(cells)} trainings: {parallel.nproc} ranks, {threads} threads each")
+    say(f"{len(todo)} of {len(cells)} trainings; ranks: {parallel.nproc}, threads of each: {threads}")
     launch([(cell.config, [cell.stage.name]) for cell in todo], folder, parallel.nproc, threads)
     for cell in todo:
         write_status(cell.folder, "done", stage=cell.stage.name, step=cell.stage.steps, exit_code=0)
