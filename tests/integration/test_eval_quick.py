@@ -62,14 +62,15 @@ def test_every_figure_of_the_suite_is_there_with_its_baselines(result):
     expected += [("flow loss", f"heldout, {stage}") for stage in ("alignment", "pretrain", "continue", "sft")]
     expected += [(f"flow loss, t = {t}", "heldout, sft") for t in (0.3, 0.7)]
     expected += [("caption loss (nats/token)", "heldout, sft")]
-    expected += [(f"prompt accuracy, top {k}", f"{split} prompts") for k in (1, 5) for split in ("heldout", "train")]
+    judged = ("accuracy, top 1", "accuracy, top 5", "retrieval")
+    expected += [(f"prompt {name}", f"{split} prompts") for name in judged for split in ("heldout", "train")]
     for key in expected:
         row = found.pop(key)
         assert row["baselines"]["untrained"] is not None, key
         assert row["baselines"]["trivial"]["name"] in ("mean image", "linear guess", "unigram", "chance"), key
         assert row["ci"][0] <= row["value"] <= row["ci"][1]
         assert row["n"] == 4
-    assert {metric for metric, _ in found} == {f"judge on reconstructions, top {k}" for k in (1, 5)}
+    assert {metric for metric, _ in found} == {f"judge on reconstructions, {name}" for name in judged}
     assert set(content["flow_loss"]) == {"alignment", "pretrain", "continue", "sft"}
     assert set(content["flow_loss"]["sft"]) == {"0.3", "0.7"}
     assert len(content["captions"]) == 6

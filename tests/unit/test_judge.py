@@ -49,6 +49,11 @@ def test_top_k_grows_with_k():
     assert correct_within(ranks, 5).tolist() == [1, 1, 0]
 
 
+def test_retrieval_is_the_share_of_the_others_that_are_farther():
+    prototypes = build_prototypes(torch.eye(5), list("abcde"))
+    assert prototypes.farther(torch.tensor([0, 1, 4])).tolist() == [1, 0.75, 0]
+
+
 def test_unknown_and_single_captions_are_refused():
     with pytest.raises(ValueError, match="two different captions"):
         build_prototypes(torch.eye(2), ["a", "a"])

@@ -5,8 +5,9 @@ sets; those of the held-out set were never trained on. The codec's reconstructio
 well: what the judge makes of them bounds what a perfect prior could reach.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from unicom_dist.sample.pipeline import UniComPipeline
 TOP = (1, 5)
 NOTE = (
     "Prompt accuracy: share of pictures whose caption's prototype is the nearest, or among the nearest five, of all; "
-    "judged by ResNet50, which is neither encoder nor loss network."
+    "prompt retrieval: share of the other prototypes that are farther than it. "
+    "Judged by ResNet50, which is neither encoder nor loss network."
 )
 
 
@@ -108,21 +110,20 @@ def untrained_prior(pipeline: UniComPipeline, seed: int) -> UniComPipeline:
     return UniComPipeline(pipeline.codec, pipeline.encoder_config, loaded, batch=pipeline.batch)
 
 
-def accuracy_rows(
+def prompt_rows(
     gallery: Gallery, split: str, drawn: Drawn, untrained: Drawn, mean: Image.Image, rebuilt: Drawn
 ) -> list[Row]:
-    """Top-1 and top-5 of drawn pictures, and of the codec's reconstructions of the real ones."""
-    ranks_of_mean = gallery.judge([mean] * len(drawn.prompts), drawn.prompts).ranks
-    rows = []
-    for k in TOP:
-        constant = float(correct_within(ranks_of_mean, k).mean())
-        chance = min(1.0, k * gallery.prototypes.chance)
-        trivial = ("mean image", constant) if constant > chance else ("chance", chance)
-        values = correct_within(drawn.ranks, k).tolist()
-        fresh = float(correct_within(untrained.ranks, k).mean())
-        rows.append(measure(f"prompt accuracy, top {k}", split, values, "higher", None, fresh, trivial, NOTE))
-    for k in TOP:
-        values = correct_within(rebuilt.ranks, k).tolist()
-        chance = min(1.0, k * gallery.prototypes.chance)
-        rows.append(measure(f"judge on reconstructions, top {k}", split, values, "higher", trivial=("chance", chance)))
-    return rows
+    """Accuracy and retrieval of drawn pictures, and the judge's own on the codec's reconstructions of the real ones."""
+    constant = gallery.judge([mean] * len(drawn.prompts), drawn.prompts)
+    scores: list[tuple[str, Callable[[Tensor], Tensor], float]] = [
+        (f"accuracy, top {k}", partial(correct_within, k=k), min(1.0, k * gallery.prototypes.chance)) for k in TOP
+    ]
+    scores.append(("retrieval", gallery.prototypes.farther, 0.5))
+    prompts, judge = [], []
+    for name, score, chance in scores:
+        values, own = score(drawn.ranks).tolist(), score(rebuilt.ranks).tolist()
+        fresh, blind = float(score(untrained.ranks).mean()), float(score(constant.ranks).mean())
+        trivial = ("mean image", blind) if blind > chance else ("chance", chance)
+        prompts.append(measure(f"prompt {name}", split, values, "higher", None, fresh, trivial, NOTE))
+        judge.append(measure(f"judge on reconstructions, {name}", split, own, "higher", trivial=("chance", chance)))
+    return prompts + judge

@@ -42,6 +42,10 @@ class Prototypes:
         reached = similarity.gather(1, own[:, None])
         return (similarity >= reached).sum(1) - 1
 
+    def farther(self, ranks: Tensor) -> Tensor:
+        """Share of the other prototypes that are farther: 1 = right, 1/2 = guessed. Returns: [B] float64."""
+        return 1 - ranks.double() / (len(self.captions) - 1)
+
 
 def build_prototypes(features: Tensor, captions: Sequence[str]) -> Prototypes:
     """One prototype per distinct caption, from [B, C] features of real pictures. ValueError with fewer than two."""

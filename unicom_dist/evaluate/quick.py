@@ -19,7 +19,7 @@ from unicom_dist.config.schema import Config
 from unicom_dist.config.storage import make_folder
 from unicom_dist.data.pairs import spread
 from unicom_dist.evaluate.edits import draw_edits, edit_grid, edit_rows, read_edits
-from unicom_dist.evaluate.generation import Drawn, Gallery, accuracy_rows, draw, resnet_judge, untrained_prior
+from unicom_dist.evaluate.generation import Drawn, Gallery, draw, prompt_rows, resnet_judge, untrained_prior
 from unicom_dist.evaluate.heldout import Pair, heldout_latents, mean_picture, read_pairs
 from unicom_dist.evaluate.judge import Embed
 from unicom_dist.evaluate.losses import caption_row, edit_flow_row, flow_rows
@@ -159,7 +159,7 @@ def _prompts(
             drawn = gallery.judge(draw(pipeline, chosen, config), captions)
             untrained = gallery.judge(draw(fresh, chosen, config), captions)
             rebuilt = gallery.judge(reconstruct(pipeline, chosen, config), captions)
-            rows += accuracy_rows(gallery, split, drawn, untrained, mean, rebuilt)
+            rows += prompt_rows(gallery, split, drawn, untrained, mean, rebuilt)
             _save_prompts(drawn, grids / f"{split.replace(' ', '-')}.png", len(gallery.prototypes.captions))
     return rows
 

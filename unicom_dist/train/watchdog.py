@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 FIRST_STEP = 3  # times as long: kernels are compiled, memory is allocated, connections are made
 LOOK_S = 0.5  # between looks at the clock
-LINGER_S = 1.0  # a rank's end breaks its connections: before that the others find out by themselves where they are
+LINGER_S = 2.0  # a rank's end breaks its connections: before that the others find out by themselves where they are
 COLLECTIVES = 8  # of the flight recorder's, in the log
 
 
