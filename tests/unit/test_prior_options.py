@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from unicom_dist.config.schema import PriorConfig, StageConfig
 from unicom_dist.data.samples import Picture, Text, grid_positions, lay_out
 from unicom_dist.models.attention import AttentionPlan
-from unicom_dist.models.flow import sample_t, shift, shift_factor
+from unicom_dist.models.flow import clean_from_velocity, interpolate, linear_velocity, sample_t, shift, shift_factor
 from unicom_dist.models.layers import rotary_angles
 from unicom_dist.models.segments import PackedBatch, centred
 from unicom_dist.models.transfusion import Transfusion
@@ -109,17 +109,40 @@ def test_the_time_has_a_position_of_its_own_before_what_is_drawn_alone() -> None
 
 
 @torch.no_grad()
-def test_velocity_after_a_prefix_equals_the_full_forward() -> None:
-    network, texts = model(OPTIONS), [5, 2, 9]
-    full = packed(OPTIONS, [[("feature", 2), ("text", length), ("latent", 7)] for length in texts])
+@pytest.mark.parametrize("prediction", ["velocity", "edm"])
+def test_velocity_after_a_prefix_equals_the_full_forward(prediction) -> None:
+    config, texts = OPTIONS.model_copy(update={"prediction": prediction}), [5, 2, 9]
+    network = model(config)
+    full = packed(config, [[("feature", 2), ("text", length), ("latent", 7)] for length in texts])
     _, velocity = network(full)
-    prefixes = packed(OPTIONS, [[("feature", 2), ("text", length)] for length in texts])
+    prefixes = packed(config, [[("feature", 2), ("text", length)] for length in texts])
     prefixes = replace(prefixes, token_ids=full.token_ids, features=full.features)
-    z_t = full.t[:, None] * full.latents + (1 - full.t[:, None]) * full.noise
+    z_t = interpolate(full.latents, full.noise, full.t)
     drawn = network.velocity_from_prefix(
         network.encode_prefix(prefixes), z_t.view(3, 6, LATENT), full.t[::6], full.latent_grid[:6]
     )
     torch.testing.assert_close(drawn.flatten(0, 1), velocity, rtol=1e-5, atol=1e-6)
+
+
+def test_a_preconditioned_head_adds_to_the_linear_guess() -> None:
+    network, batch = model(PLAIN.model_copy(update={"prediction": "edm"})), packed(PLAIN)
+    output = model(PLAIN)(batch)[1]  # the same weights: what the head says
+    drawn = batch.flow_index
+    data, noise, t = batch.latents[drawn], batch.noise[drawn], batch.t[drawn]
+    z_t, n = interpolate(data, noise, t), (t.square() + (1 - t).square())[:, None]
+    velocity = network(batch)[1]
+    torch.testing.assert_close(velocity, linear_velocity(z_t, t) + output / n.sqrt())
+    # Karras et al. 2022, eq. 7: the clean estimate is c_skip z + c_out F; here z = z_t / t, sigma = (1 - t) / t.
+    sigma = ((1 - t) / t)[:, None]
+    clean = z_t / t[:, None] / (sigma.square() + 1) + sigma / (sigma.square() + 1).sqrt() * output
+    torch.testing.assert_close(clean_from_velocity(z_t, velocity, t), clean, rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_passes_through_the_target_of_a_preconditioned_head() -> None:
+    network = model(PLAIN.model_copy(update={"prediction": "edm"}))
+    z_t = torch.randn(4, LATENT).requires_grad_()
+    network.velocity(torch.ones(4, LATENT).requires_grad_(), z_t, torch.rand(4)).sum().backward()
+    assert z_t.grad is None
 
 
 @torch.no_grad()

@@ -130,10 +130,10 @@ def test_the_cut_of_a_batch_does_not_matter() -> None:
     torch.testing.assert_close(velocity(module, batch)[:6], velocity(module, same), rtol=1e-4, atol=1e-6)
 
 
-OPTIONS = [{}, {"positions": "rope2d"}, {"time_injection": "token"}, {"qk_norm": True}]
+OPTIONS = [{}, {"positions": "rope2d"}, {"time_injection": "token"}, {"qk_norm": True}, {"prediction": "edm"}]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "rope2d", "token", "qk_norm"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "rope2d", "token", "qk_norm", "edm"])
 def test_sampling_after_a_prefix_equals_training(options: dict[str, object]) -> None:
     prior = PRIOR.model_copy(update=options)
     module = model(prior)

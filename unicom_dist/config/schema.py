@@ -249,6 +249,9 @@ class PriorConfig(Section):
         "shared", description="of an image's positions: one rotary position and a frozen 2-D table added (BAGEL), or rotary rows and columns (HunyuanImage 3.0)"
     )
     time_injection: Literal["add", "token"] = Field("add", description="how an image being denoised learns t: added to every latent (BAGEL), or a position of its own before them (Show-o2)")
+    prediction: Literal["velocity", "edm"] = Field(
+        "velocity", description="what the flow head outputs: the velocity, or what the best linear guess of it leaves, at variance 1 (EDM's preconditioning); a small model learns faster from that"
+    )
     qk_norm: bool = Field(False, description="RMSNorm of queries and keys, head by head; Qwen2.5 has none, so with init_from its gains start at 1")
     timestep: Literal["uniform", "logit-normal"] = Field("uniform", description="how t is drawn in training")
     timestep_shift: float = Field(1.0, gt=0, description="as codec.timestep_shift")

@@ -101,10 +101,14 @@ def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> lis
 
 
 def untrained_prior(pipeline: UniComPipeline, seed: int) -> UniComPipeline:
-    """The same codec with a prior of initial weights."""
+    """The same codec with a prior of initial weights, which draws the noise it began with.
+
+    So it does with either prediction, but with that of the velocity in one step.
+    """
     prior = pipeline.prior
     model = prior.model
-    fresh = Transfusion(model.config, prior.vocabulary.size, model.latent_channels, model.feature_channels, seed)
+    config = model.config.model_copy(update={"prediction": "velocity"})
+    fresh = Transfusion(config, prior.vocabulary.size, model.latent_channels, model.feature_channels, seed)
     fresh = fresh.to(pipeline.device, model.dtype).eval().requires_grad_(False)
     loaded = LoadedPrior(fresh, prior.vocabulary, prior.stats)
     return UniComPipeline(pipeline.codec, pipeline.encoder_config, loaded, batch=pipeline.batch)

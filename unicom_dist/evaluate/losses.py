@@ -1,8 +1,8 @@
 """The prior's losses on held-out pairs: flow loss at fixed times, cross-entropy of captions.
 
 What they are compared with: the untrained model, and the best guess without a network. For the flow that is the linear
-one that knows the latents' mean and variance and nothing else: latents are normalised, so E[v | z_t] = c z_t with
-c = (2t - 1) / (t^2 + (1 - t)^2). For captions it is the frequency of each token in the training captions.
+one that knows the latents' mean and variance (they are normalised) and nothing else. For captions it is the frequency
+of each token in the training captions.
 Shapes: Y labels, N latents of d channels.
 """
 
@@ -19,9 +19,10 @@ from unicom_dist.data.pairs import captions_of, open_set
 from unicom_dist.data.samples import Task
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.evaluate.rows import Row, measure
+from unicom_dist.models.flow import interpolate, linear_velocity
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.transfusion import Transfusion
-from unicom_dist.objective.flow import interpolate, squared_error
+from unicom_dist.objective.flow import squared_error
 from unicom_dist.sample.loading import LoadedPrior
 
 NOTE = "Flow loss: mean over the fixed times; the linear guess knows the latents' mean and variance."
@@ -52,9 +53,8 @@ class PerSample:
 def linear_guess(batch: PackedBatch) -> Tensor:
     """The best velocity [F, d] linear in z_t for latents of mean 0 and variance 1."""
     drawn = batch.flow_index
-    t = batch.t[drawn][:, None].float()
-    z_t = interpolate(batch.latents[drawn].float(), batch.noise[drawn].float(), t[:, 0])
-    return (2 * t - 1) / (t.square() + (1 - t).square()) * z_t
+    t = batch.t[drawn].float()
+    return linear_velocity(interpolate(batch.latents[drawn].float(), batch.noise[drawn].float(), t), t)
 
 
 @torch.no_grad()

@@ -33,6 +33,22 @@ def clean_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     return z_t + (1 - _spread(t, z_t).to(z_t.dtype)) * velocity
 
 
+def linear_velocity(z_t: Tensor, t: Tensor) -> Tensor:
+    """The best velocity linear in z_t, for data of mean 0 and variance 1: (2t - 1) / n z_t with n = t^2 + (1-t)^2."""
+    t = _spread(t, z_t).to(z_t.dtype)
+    return (2 * t - 1) / (t.square() + (1 - t).square()) * z_t
+
+
+def preconditioned_velocity(output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+    """EDM's preconditioning on this path: the network is asked for what the linear guess leaves, at variance 1.
+
+    v = linear_velocity + output / sqrt(n). At t = 0 the output is the data, at t = 1 the negative noise: a network too
+    narrow to pass all of z_t through need not. Ref: Karras et al. 2022, arXiv 2206.00364, eq. 7, with sigma_data = 1.
+    """
+    share = _spread(t, z_t).to(z_t.dtype)
+    return linear_velocity(z_t, t) + output / (share.square() + (1 - share).square()).sqrt()
+
+
 def shift(t: Tensor, factor: float) -> Tensor:
     """t' = 1 - s(1-t) / (1 + (s-1)(1-t)): s > 1 moves times towards noise, 0 and 1 stay."""
     sigma = 1 - t

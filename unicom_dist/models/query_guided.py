@@ -236,7 +236,7 @@ class QueryGuided(Transfusion):
             nothing = self._condition(states), z_t.new_zeros(1, z_t.shape[1]), t.new_zeros(1), grid.new_zeros(1, 2)
             velocity = self._velocity(*nothing, [1])[:0]
         losses = label_losses if self.backbone.lm_head.z_loss else (label_losses,)
-        return (losses[0], velocity.float(), *losses[1:])
+        return (losses[0], velocity, *losses[1:])
 
     @torch.no_grad()
     def encode_prefix(self, batch: PackedBatch) -> GuidedPrefix:
@@ -253,7 +253,7 @@ class QueryGuided(Transfusion):
         count, new = z_t.shape[:2]
         grid = grid.expand(count, new, 2).flatten(0, 1)
         velocity = self._velocity(condition, z_t.flatten(0, 1), t, grid, [new] * count)
-        return velocity.float().view(count, new, -1)
+        return velocity.view(count, new, -1)
 
     @torch.no_grad()
     def append_tokens(self, prefix: Prefix, tokens: Tensor) -> Prefix:
@@ -276,8 +276,8 @@ class QueryGuided(Transfusion):
 
     def _velocity(self, condition: Tensor, z_t: Tensor, t: Tensor, grid: Tensor, lengths: Sequence[int]) -> Tensor:
         self.place(grid)  # a grid beyond the table is refused in the same words
-        velocity: Tensor = self.guide.decoder(condition, z_t, t, grid, lengths, self._plan)
-        return velocity
+        output = self.guide.decoder(condition, z_t, t, grid, lengths, self._plan)
+        return self.velocity(output, z_t.float(), t.float().repeat_interleave(torch.tensor(lengths, device=t.device)))
 
     def _plan(self, segments: list[Segment]) -> Attend:
         return self.share.plan(segments, self.dtype).to(self.places.device)

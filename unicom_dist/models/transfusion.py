@@ -20,7 +20,7 @@ from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models.attention import Attend, Take, rearrange
 from unicom_dist.models.backbone import INITIAL_STD, WHOLE, Part, Qwen2
 from unicom_dist.models.cache import AfterPrefix, Prefix, Recorder
-from unicom_dist.models.flow import interpolate
+from unicom_dist.models.flow import interpolate, preconditioned_velocity
 from unicom_dist.models.init import fill, initial
 from unicom_dist.models.layers import RMSNorm, TimeEmbedding, at_grid, grid_table
 from unicom_dist.models.segments import PackedBatch, centred
@@ -57,7 +57,7 @@ class Connector(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Velocity from hidden states."""
+    """What `prior.prediction` says, from hidden states."""
 
     def __init__(self, width: int, channels: int, eps: float) -> None:
         super().__init__()
@@ -66,8 +66,8 @@ class FlowHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, h] -> [N, d]."""
-        velocity: Tensor = self.out(self.norm(hidden))
-        return velocity
+        output: Tensor = self.out(self.norm(hidden))
+        return output
 
 
 class Transfusion(nn.Module):
@@ -148,6 +148,14 @@ class Transfusion(nn.Module):
     def _placed(self, vectors: Tensor, grid: Tensor) -> Tensor:
         return vectors + self.place(grid) if self.config.positions == "shared" else vectors
 
+    def velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """Velocity [..., d] float32 of what a flow head made of z_t [..., d] at times t [...], both float32.
+
+        No gradient passes to z_t here: where it was drawn from trained latents, it would be one through the target.
+        """
+        output = output.float()
+        return output if self.config.prediction == "velocity" else preconditioned_velocity(output, z_t.detach(), t)
+
     def embed(self, batch: PackedBatch, text: Tensor) -> Tensor:
         """Input vectors [S, h] of all positions, given those of the tokens [T, h]; padding is zero."""
         z_t = interpolate(batch.latents.float(), batch.noise.float(), batch.t.float())
@@ -192,7 +200,9 @@ class Transfusion(nn.Module):
         index = torch.cat([region.label_index, drawn])
         rows = Take.apply(share.gather(hidden), index)  # type: ignore[no-untyped-call]
         labels, latents = torch.split(rows, [region.label_index.shape[0], drawn.shape[0]])
-        text, velocity = backbone.lm_head(labels, region.label_ids), self.flow_head(latents).float()
+        text = backbone.lm_head(labels, region.label_ids)
+        data, noise, t = (whole[region.flow_index].float() for whole in (region.latents, region.noise, region.t))
+        velocity = self.velocity(self.flow_head(latents), interpolate(data, noise, t), t)
         if not backbone.lm_head.z_loss:
             return text, velocity
         losses, squares = text
@@ -221,8 +231,8 @@ class Transfusion(nn.Module):
             x = torch.cat([self.time(t)[:, None], x], 1)
             positions = torch.cat([prefix.next_position[:, None], positions], 1)
         hidden = self.backbone.model(x.flatten(0, 1), positions.flatten(0, 1), AfterPrefix(prefix, x.shape[1]))
-        velocity: Tensor = self.flow_head(hidden.unflatten(0, (count, -1))[:, -new:]).float()
-        return velocity
+        output = self.flow_head(hidden.unflatten(0, (count, -1))[:, -new:])
+        return self.velocity(output, z_t.float(), t.float()[:, None].expand(count, new))
 
     @torch.no_grad()
     def next_logits(self, prefix: Prefix) -> Tensor:

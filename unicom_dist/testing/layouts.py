@@ -73,12 +73,13 @@ class Case:
     trainable: str = "all"
     merge: int = 1  # pieces per micro-batch
     joint: bool = False  # with the compressor
-    options: bool = False  # two-dimensional positions, time tokens, norms of queries and keys, z-loss
+    options: bool = False  # two-dimensional positions, time tokens, norms of queries and keys, preconditioning, z-loss
 
     @property
     def config(self) -> Config:
         """One prior stage; nothing in it is read from disk."""
-        others = {"positions": "rope2d", "time_injection": "token", "qk_norm": True} if self.options else {}
+        options = {"positions": "rope2d", "time_injection": "token", "qk_norm": True, "prediction": "edm"}
+        others = options if self.options else {}
         prior = PRIOR.model_copy(update={"tie_embeddings": self.tied, **others})
         stage = StageConfig.model_validate(
             {"name": "prior", "kind": "prior", "steps": STEPS, "batch": PIECES, "lr": 1e-2, "warmup": 2, "clip": 0.3}
