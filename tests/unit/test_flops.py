@@ -4,15 +4,23 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from unicom_dist.config.schema import CodecConfig, CompressorConfig, DecoderConfig, PriorConfig
+from unicom_dist.config.schema import CodecConfig, CompressorConfig, DecoderConfig, PriorConfig, QueryConfig
 from unicom_dist.models.attention import visible
 from unicom_dist.models.codec import Codec, CodecBatch
 from unicom_dist.models.compressor import Compressor
 from unicom_dist.models.joint import Reconstruction
 from unicom_dist.models.operations import visible_pairs
+from unicom_dist.models.query_guided import QueryGuided, query_segments
 from unicom_dist.models.segments import PackedBatch, Segment
 from unicom_dist.models.transfusion import Transfusion
-from unicom_dist.tracking.flops import codec_flops, forward_flops, measure_peak, prior_flops, token_flops
+from unicom_dist.tracking.flops import (
+    codec_flops,
+    forward_flops,
+    measure_peak,
+    prior_flops,
+    query_flops,
+    token_flops,
+)
 
 LINEAR = ("mm", "addmm")
 VOCAB, D, FEATURES = 50, 8, 24
@@ -75,6 +83,22 @@ def test_prior_flops_equal_the_counter_without_attention(frozen: bool) -> None:
     attention = 12 * config.layers * config.hidden * visible_pairs(batch.segments)
     expected = prior_flops(config, batch, VOCAB, backbone_frozen=frozen) - attention
     assert expected == pytest.approx(linear_flops(counter), rel=0.01)
+
+
+def test_query_flops_equal_the_counter_without_attention() -> None:
+    config = PriorConfig(hidden=64, layers=2, heads=4, kv_heads=2, ffn=96, max_grid=4)
+    query = QueryConfig(enabled=True, queries=3, connector_layers=1, decoder_layers=2, decoder_width=64)
+    model, batch = QueryGuided(config, query, VOCAB, D, FEATURES), prior_batch()
+    model.train_only("all")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with FlopCounterMode(display=False) as counter:
+        losses, velocity = model(batch)
+        (losses.sum() + velocity.square().sum()).backward()
+    attention = 12 * config.layers * config.hidden * visible_pairs(query_segments(batch.segments, 3))
+    attention += 12 * 64 * (2 * 3**2 + 2 * ((3 + 6) ** 2 + (3 + 1) ** 2))
+    expected = query_flops(config, model.guide, batch, VOCAB) - attention
+    assert expected == linear_flops(counter)
 
 
 @pytest.mark.parametrize(("concat", "frozen"), [(False, False), (True, False), (False, True)])

@@ -16,8 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models.codec import Codec, CodecBatch
 from unicom_dist.models.compressor import Projection
-from unicom_dist.models.operations import Amounts, transfusion_flops, visible_pairs
+from unicom_dist.models.joint import image_lengths
+from unicom_dist.models.operations import Amounts, layer_weights, transfusion_flops, visible_pairs
+from unicom_dist.models.query_guided import Guide, query_segments
 from unicom_dist.models.segments import PackedBatch
+
+TIME_CHANNELS = 256  # of the sinusoids of t
 
 
 def prior_flops(
@@ -25,7 +29,7 @@ def prior_flops(
     batch: PackedBatch,
     vocab_size: int,
     *,
-    time_channels: int = 256,
+    time_channels: int = TIME_CHANNELS,
     backbone_frozen: bool = False,
 ) -> int:
     """Operations of forward and backward over `batch` (this rank's; sum over micro-batches and ranks for a step)."""
@@ -46,6 +50,44 @@ def prior_flops(
         time_channels=time_channels,
         backbone_frozen=backbone_frozen,
     )
+
+
+def query_flops(config: PriorConfig, guide: Guide, batch: PackedBatch, vocab_size: int) -> int:
+    """As `prior_flops`, of a guide and the frozen transformer that it asks.
+
+    That transformer's layers cost 4 per weight and position, queries among these: gradients pass through them to the
+    queries. Its ways in, and the language head, are only computed: 2. The guide's own maps cost 6, those of data 4, per
+    row: a query, an image, a latent, or a latent or query.
+    """
+    h, lengths, queries = config.hidden, image_lengths(batch), guide.queries.weight.shape[0]
+    asking = query_segments(batch.segments, queries)
+    positions = sum(segment.length for segment in asking)
+    total = 4 * positions * config.layers * layer_weights(config) + 12 * config.layers * h * visible_pairs(asking)
+    shown = batch.latents.shape[0] - sum(lengths)
+    latents, features = batch.latents.shape[1], batch.features.shape[1]
+    timed = shown if config.time_injection == "add" else 0
+    ways_in = (
+        shown * latents * h + timed * (TIME_CHANNELS * h + h * h) + batch.features.shape[0] * (features * h + h * h)
+    )
+    total += 2 * (ways_in + batch.label_ids.shape[0] * vocab_size * h)
+    rows = {"query": len(lengths) * queries, "image": len(lengths), "latent": sum(lengths)}
+    rows["both"] = rows["query"] + rows["latent"]
+    for name, module in guide.named_modules():
+        if isinstance(module, nn.Linear):
+            of_data = name in ("decoder.latent_in", "decoder.time.lift")
+            total += (4 if of_data else 6) * rows[_guided_rows(name)] * module.weight.numel()
+    wide, deep = guide.decoder.config.hidden, len(guide.decoder.layers)
+    pairs = sum((queries + length) ** 2 for length in lengths)
+    return total + 12 * (len(guide.connector.layers) * h * len(lengths) * queries**2 + deep * wide * pairs)
+
+
+def _guided_rows(name: str) -> str:
+    """What a linear map of a guide is applied to."""
+    if name.startswith("connector."):
+        return "query"
+    if name.startswith("decoder.time.") or name.endswith(".modulation"):
+        return "image"
+    return "both" if name.startswith("decoder.layers.") else "latent"
 
 
 def codec_flops(codec: Codec, batch: CodecBatch) -> int:

@@ -13,12 +13,13 @@ from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.models.attention import Plan
 from unicom_dist.models.backbone import WHOLE, Part
 from unicom_dist.models.init import Source
-from unicom_dist.models.query_guided import OWN, QueryGuided, guide_weight, query_segments
+from unicom_dist.models.query_guided import OWN, Guide, QueryGuided, guide_weight, query_segments
 from unicom_dist.models.segments import PackedBatch, Segment
 from unicom_dist.models.sharding import outlined
 from unicom_dist.models.share import Share
 from unicom_dist.parallel.engine import Piece
 from unicom_dist.parallel.mesh import Mesh
+from unicom_dist.tracking.flops import query_flops
 from unicom_dist.train.prior import PriorTask
 
 
@@ -50,8 +51,14 @@ class QueryTask(PriorTask):
         return share.plan(query_segments(segments, self.stage.query.queries), torch.float32)
 
     def amounts(self, batch: PackedBatch) -> dict[str, float]:
-        """Without "flops": those of a guide are not counted."""
-        return {name: value for name, value in super().amounts(batch).items() if name != "flops"}
+        vocabulary = self.sizes[0]
+        return {**super().amounts(batch), "flops": query_flops(self.config.prior, self._guide, batch, vocabulary)}
+
+    @cached_property
+    def _guide(self) -> Guide:
+        """Its shapes."""
+        with torch.device("meta"):
+            return Guide(self.config.prior, self.stage.query, self.sizes[1])
 
     @cached_property
     def description(self) -> dict[str, Any]:
