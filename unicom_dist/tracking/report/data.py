@@ -127,7 +127,12 @@ def find_grids(folder: Path, kinds: dict[str, str]) -> list[Grid]:
         rebuilt = kinds.get(stage) == "codec" or "reconstruction" in path.stem
         kind = details.get("kind") or ("reconstructions" if rebuilt else "prompts")
         grids.append(Grid(path, stage, step, str(kind), details))
-    return sorted(grids, key=lambda g: (order.get(g.stage, len(order)), g.stage, g.kind, g.step or 0, g.path.name))
+    return sorted(grids, key=lambda g: (order.get(g.stage, len(order)), g.stage, g.kind, g.step or 0, _place(g.path)))
+
+
+def _place(path: Path) -> tuple[bool, str]:
+    """Among the grids of an evaluation: what was drawn from words before what was changed."""
+    return path.stem == "edits", path.name
 
 
 def _json(path: Path) -> dict[str, Any]:
