@@ -8,7 +8,6 @@ from unicom_dist.config.errors import PreflightError
 
 DOCS = "docs/errors-and-exit-codes.md"
 _WHY = {
-    errno.ENOENT: "there is no such file",
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota of this account is used up",
     errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows",
@@ -23,7 +22,7 @@ _WHY = {
 
 def storage_error(error: BaseException) -> PreflightError | None:
     """What it means for the user if `error` is a refusal of the file system, else None."""
-    if not isinstance(error, OSError) or error.errno not in _WHY or error.errno == errno.ENOENT:
+    if not isinstance(error, OSError) or error.errno not in _WHY:
         return None
     return PreflightError(
         f"the file system refuses {error.filename or 'the output'}",
@@ -35,6 +34,8 @@ def storage_error(error: BaseException) -> PreflightError | None:
 
 def reason(error: Exception) -> str:
     """Why it failed, in one line and without the `[Errno 2]` of an OSError."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
     if isinstance(error, OSError) and error.strerror:
         return _WHY.get(error.errno or 0, error.strerror)
     return (str(error).splitlines() or [type(error).__name__])[0]

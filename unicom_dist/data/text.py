@@ -18,6 +18,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer as FastTokenizer
 
 from unicom_dist.config.errors import DataError
+from unicom_dist.config.storage import reason
 from unicom_dist.data.tar import replace_file
 
 FORMAT = "unicom-vocabulary/1"
@@ -158,8 +159,7 @@ class Vocabulary:
             if kind == "trimmed":
                 return cls("trimmed", _fast(content["tokenizer"]), content)
         except Exception as error:  # as in Tokenizer
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-            raise DataError(f"cannot read the vocabulary {path}", reason, "export the model again") from error
+            raise DataError(f"cannot read the vocabulary {path}", reason(error), "export the model again") from error
         tokenizer = Tokenizer(folder)
         if tokenizer.sha256 != content["tokenizer_sha256"]:
             raise DataError(

@@ -6,7 +6,7 @@ what a model that ignores the instruction would draw.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -90,9 +90,6 @@ def single_edit(conversation: Conversation) -> tuple[list[str], str, str] | None
 def draw_edits(pipeline: UniComPipeline, edits: Sequence[PictureEdit], config: Config) -> list[Image.Image]:
     """A picture for each edit as the recipe's `sample` section says, on the grid of the target."""
     how = Drawing.of(config.sample)
-    # A fresh flow head is zero: the velocity is 0 everywhere and one step ends where any number of steps would.
-    if not any(weight.any() for weight in pipeline.prior.model.flow_head.out.parameters()):
-        how = replace(how, steps=1)
     seen = iter(pipeline.seen([pair.features for edit in edits for pair in edit.references]))
     asked = []
     for edit in edits:

@@ -82,9 +82,7 @@ class Gallery:
 def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> list[Image.Image]:
     """A picture for each pair's caption as the recipe's `sample` section says, on the grid of the pair's latents."""
     sample = config.sample
-    # A fresh flow head is zero: the velocity is 0 everywhere and one step ends where any number of steps would.
-    learned = any(weight.any() for weight in pipeline.prior.model.flow_head.out.parameters())
-    how = Drawing.of(sample if learned else sample.model_copy(update={"steps": 1}))
+    how = Drawing.of(sample)
     pictures: dict[int, Image.Image] = {}
     seeds = {number: sample.seed + number for number in range(len(pairs))}
     latent_grid = pipeline.codec.config.compressor.latent_grid
@@ -103,7 +101,7 @@ def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> lis
 def untrained_prior(pipeline: UniComPipeline, seed: int) -> UniComPipeline:
     """The same codec with a prior of initial weights, which draws the noise it began with.
 
-    So it does with either prediction, but with that of the velocity in one step.
+    So it does with either prediction, but with that of the velocity, which is 0 everywhere, `in_one_step`.
     """
     prior = pipeline.prior
     model = prior.model
@@ -112,6 +110,11 @@ def untrained_prior(pipeline: UniComPipeline, seed: int) -> UniComPipeline:
     fresh = fresh.to(pipeline.device, model.dtype).eval().requires_grad_(False)
     loaded = LoadedPrior(fresh, prior.vocabulary, prior.stats)
     return UniComPipeline(pipeline.codec, pipeline.encoder_config, loaded, batch=pipeline.batch)
+
+
+def in_one_step(config: Config) -> Config:
+    """The recipe for drawing with `untrained_prior`: one step ends where any number of steps would."""
+    return config.model_copy(update={"sample": config.sample.model_copy(update={"steps": 1})})
 
 
 def prompt_rows(

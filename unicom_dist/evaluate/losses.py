@@ -19,7 +19,7 @@ from unicom_dist.data.pairs import captions_of, open_set
 from unicom_dist.data.samples import Task
 from unicom_dist.data.text import Vocabulary
 from unicom_dist.evaluate.rows import Row, measure
-from unicom_dist.models.flow import interpolate, linear_velocity
+from unicom_dist.models.flow import linear_velocity
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.objective.flow import squared_error
@@ -52,9 +52,7 @@ class PerSample:
 
 def linear_guess(batch: PackedBatch) -> Tensor:
     """The best velocity [F, d] linear in z_t for latents of mean 0 and variance 1."""
-    drawn = batch.flow_index
-    t = batch.t[drawn].float()
-    return linear_velocity(interpolate(batch.latents[drawn].float(), batch.noise[drawn].float(), t), t)
+    return linear_velocity(*batch.denoised())
 
 
 @torch.no_grad()

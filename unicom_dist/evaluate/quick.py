@@ -19,7 +19,15 @@ from unicom_dist.config.schema import Config
 from unicom_dist.config.storage import make_folder
 from unicom_dist.data.pairs import spread
 from unicom_dist.evaluate.edits import draw_edits, edit_grid, edit_rows, read_edits
-from unicom_dist.evaluate.generation import Drawn, Gallery, draw, prompt_rows, resnet_judge, untrained_prior
+from unicom_dist.evaluate.generation import (
+    Drawn,
+    Gallery,
+    draw,
+    in_one_step,
+    prompt_rows,
+    resnet_judge,
+    untrained_prior,
+)
 from unicom_dist.evaluate.heldout import Pair, heldout_latents, mean_picture, read_pairs
 from unicom_dist.evaluate.judge import Embed
 from unicom_dist.evaluate.losses import caption_row, edit_flow_row, flow_rows
@@ -157,7 +165,7 @@ def _prompts(
         captions = [pair.caption for pair in chosen]
         with _timed(f"{len(chosen)} {split} drawn"):
             drawn = gallery.judge(draw(pipeline, chosen, config), captions)
-            untrained = gallery.judge(draw(fresh, chosen, config), captions)
+            untrained = gallery.judge(draw(fresh, chosen, in_one_step(config)), captions)
             rebuilt = gallery.judge(reconstruct(pipeline, chosen, config), captions)
             rows += prompt_rows(gallery, split, drawn, untrained, mean, rebuilt)
             _save_prompts(drawn, grids / f"{split.replace(' ', '-')}.png", len(gallery.prototypes.captions))
@@ -176,7 +184,7 @@ def _edits(config: Config, pipeline: UniComPipeline, networks: Networks, encoder
         return []
     with _timed(f"{len(edits)} edits of held-out pictures drawn"):
         drawn = draw_edits(pipeline, edits, config)
-        untrained = draw_edits(untrained_prior(pipeline, config.seed), edits, config)
+        untrained = draw_edits(untrained_prior(pipeline, config.seed), edits, in_one_step(config))
         edit_grid(edits[:SHOWN], drawn[:SHOWN]).save(grids / "edits.png")
         return edit_rows(edits, drawn, untrained, pipeline, config, networks.lpips)
 

@@ -23,7 +23,6 @@ from unicom_dist.config.schema import PriorConfig, QueryConfig
 from unicom_dist.models.attention import Attend, Take
 from unicom_dist.models.backbone import INITIAL_STD, Attention, Layer
 from unicom_dist.models.cache import AfterPrefix, Prefix
-from unicom_dist.models.flow import interpolate
 from unicom_dist.models.init import fill, initial
 from unicom_dist.models.joint import image_lengths
 from unicom_dist.models.layers import GatedMlp, RMSNorm, TimeEmbedding, at_grid, grid_table, rotary_angles
@@ -226,9 +225,7 @@ class QueryGuided(Transfusion):
         label_losses = self.backbone.lm_head(hidden[asking.label_index].detach(), asking.label_ids)
         states = Take.apply(hidden, places) if lengths else queries  # type: ignore[no-untyped-call]
         states = states.unflatten(0, (-1, self.query.queries))
-        drawn = batch.flow_index
-        z_t = interpolate(batch.latents[drawn].float(), batch.noise[drawn].float(), batch.t[drawn].float())
-        t, grid = batch.t[drawn], batch.latent_grid[drawn]
+        (z_t, t), grid = batch.denoised(), batch.latent_grid[batch.flow_index]
         if lengths:
             begins = torch.tensor(lengths).cumsum(0).to(t.device) - torch.tensor(lengths, device=t.device)
             velocity = self._velocity(self._condition(states), z_t, t[begins], grid, lengths)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal, Optional
 import torch
 from torch import Tensor
 
+from unicom_dist.models.flow import interpolate
+
 if TYPE_CHECKING:
     from unicom_dist.models.attention import Plan
 
@@ -70,6 +72,11 @@ class PackedBatch:
     def num_positions(self) -> int:
         """S."""
         return self.rope_positions.shape[0]
+
+    def denoised(self) -> tuple[Tensor, Tensor]:
+        """z_t [F, d] of the latents being denoised and their times [F], both float32."""
+        data, noise, t = (rows[self.flow_index].float() for rows in (self.latents, self.noise, self.t))
+        return interpolate(data, noise, t), t
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """A copy whose tensors are on `device`; dtypes are kept (the model casts at its border)."""

@@ -201,8 +201,7 @@ class Transfusion(nn.Module):
         rows = Take.apply(share.gather(hidden), index)  # type: ignore[no-untyped-call]
         labels, latents = torch.split(rows, [region.label_index.shape[0], drawn.shape[0]])
         text = backbone.lm_head(labels, region.label_ids)
-        data, noise, t = (whole[region.flow_index].float() for whole in (region.latents, region.noise, region.t))
-        velocity = self.velocity(self.flow_head(latents), interpolate(data, noise, t), t)
+        velocity = self.velocity(self.flow_head(latents), *region.denoised())
         if not backbone.lm_head.z_loss:
             return text, velocity
         losses, squares = text

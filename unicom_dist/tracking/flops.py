@@ -20,8 +20,7 @@ from unicom_dist.models.joint import image_lengths
 from unicom_dist.models.operations import Amounts, layer_weights, transfusion_flops, visible_pairs
 from unicom_dist.models.query_guided import Guide, query_segments
 from unicom_dist.models.segments import PackedBatch
-
-TIME_CHANNELS = 256  # of the sinusoids of t
+from unicom_dist.parallel.pipeline.split import TIME_CHANNELS
 
 
 def prior_flops(

@@ -98,9 +98,8 @@ class JointTask(PriorTask):
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return joint_counts(batch, self.stage.z_loss)
 
-    def amounts(self, batch: PackedBatch) -> dict[str, float]:
-        amounts = super().amounts(batch)
-        return {**amounts, "flops": amounts["flops"] + token_flops(self._towers, image_lengths(batch))}
+    def flops(self, batch: PackedBatch) -> int:
+        return super().flops(batch) + token_flops(self._towers, image_lengths(batch))
 
     def outcome(self, outputs: Any, batch: PackedBatch, first: bool, last: bool) -> tuple[Payload, dict[str, LossTerm]]:
         kinds = kinds_of(batch) if last else None

@@ -119,13 +119,16 @@ class PriorTask(Task[PackedBatch]):
         return prior_counts(batch, self.stage.z_loss)
 
     def amounts(self, batch: PackedBatch) -> dict[str, float]:
-        frozen = self.stage.trainable != "all"
-        flops = prior_flops(self.config.prior, batch, self._vocabulary.size, backbone_frozen=frozen)
         return {
             "tokens": float(batch.token_ids.shape[0]),
             "latents": float(batch.latents.shape[0]),
-            "flops": float(flops),
+            "flops": float(self.flops(batch)),
         }
+
+    def flops(self, batch: PackedBatch) -> int:
+        """Operations of forward and backward over the batch."""
+        frozen = self.stage.trainable != "all"
+        return prior_flops(self.config.prior, batch, self._vocabulary.size, backbone_frozen=frozen)
 
     def terms(self, outputs: Any, batch: PackedBatch) -> dict[str, LossTerm]:
         return prior_terms(outputs, self._share.region(batch), self.stage, kinds_of(batch))

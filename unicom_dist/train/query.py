@@ -50,9 +50,8 @@ class QueryTask(PriorTask):
     def plan(self, share: Share, segments: list[Segment]) -> Plan:
         return share.plan(query_segments(segments, self.stage.query.queries), torch.float32)
 
-    def amounts(self, batch: PackedBatch) -> dict[str, float]:
-        vocabulary = self.sizes[0]
-        return {**super().amounts(batch), "flops": query_flops(self.config.prior, self._guide, batch, vocabulary)}
+    def flops(self, batch: PackedBatch) -> int:
+        return query_flops(self.config.prior, self._guide, batch, self.sizes[0])
 
     @cached_property
     def _guide(self) -> Guide:
