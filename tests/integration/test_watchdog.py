@@ -5,6 +5,7 @@ Each test starts a launcher with two ranks, some twenty seconds each.
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,22 +16,32 @@ from training_run import tiny_run
 from unicom_dist.train.launch import log_path
 from unicom_dist.train.watchdog import Watchdog
 
-STALL_S = 4
-SLEEPER = """
+STALL_S = 6
+LATER_S = 3.5  # rank 0 begins the step that rank 1 does not end so much later, as after a long checkpoint
+SLEEPER = f"""
 import os, sys, threading, time
 
 def fall_asleep():
-    while "unicom_dist.train.ema" not in sys.modules or not hasattr(sys.modules["unicom_dist.train.ema"], "Ema"):
+    while "unicom_dist.train.loop" not in sys.modules or not hasattr(sys.modules["unicom_dist.train.loop"], "Observer"):
         time.sleep(0.01)
-    ema = sys.modules["unicom_dist.train.ema"].Ema
-    update = ema.update
+    while not hasattr(sys.modules["unicom_dist.train.loop"], "train_step"):
+        time.sleep(0.01)
+    observer, ema = sys.modules["unicom_dist.train.loop"].Observer, sys.modules["unicom_dist.train.ema"].Ema
+    between_steps, update = observer.between_steps, ema.update
+    def late(self):
+        between_steps(self)
+        if self.run.step == 52:
+            time.sleep({LATER_S})
     def sleeping_update(self):
         update(self)
-        if self.updates == 50:
+        if self.updates == 53:
             time.sleep(10000)
-    ema.update = sleeping_update
+    if os.environ["RANK"] == "0":
+        observer.between_steps = late
+    else:
+        ema.update = sleeping_update
 
-if os.environ.get("RANK") == "1":
+if "RANK" in os.environ:
     threading.Thread(target=fall_asleep, daemon=True).start()
 """
 
@@ -73,6 +84,22 @@ def test_a_watchdog_that_is_fed_sleeps(monkeypatch):
                 time.sleep(0.05)
         time.sleep(0.3)  # between steps nothing is expected
     assert not ended
+
+
+def test_a_watchdog_that_hears_of_another_ranks_hang_ends_its_rank_at_once(monkeypatch):
+    monkeypatch.setattr("unicom_dist.train.watchdog.LOOK_S", 0.01)
+    monkeypatch.setattr("unicom_dist.train.watchdog.LINGER_S", 0.0)
+    left: list[int] = []
+    monkeypatch.setattr("os._exit", left.append)
+    said, elsewhere = [], threading.Event()
+    with Watchdog(100, said.append, elsewhere) as dog:
+        dog.doing("writing a", "checkpoint")
+        time.sleep(0.1)
+        assert not left
+        elsewhere.set()
+        time.sleep(0.2)
+    assert set(left) == {7}
+    assert "was at: writing a checkpoint" in said[0].why
 
 
 def test_the_first_step_may_take_longer(monkeypatch):

@@ -23,7 +23,8 @@ from unicom_dist.train.worker import _report
 def leave(run_dir, rank: int, kind: str, what: str, at: float) -> None:
     path = error_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"type": kind, "what": what, "why": "w", "remedy": "r", "docs": "", "time": at}))
+    record = {"type": kind, "what": what, "why": "w", "remedy": "r", "docs": "", "time": at}
+    path.write_text(json.dumps(record | {"unexpected": kind == "UnicomError"}))
 
 
 def test_a_killed_rank_is_named_before_the_errors_that_followed_from_it(tmp_path):
@@ -53,6 +54,13 @@ def test_a_file_that_cannot_be_written_is_shown_before_what_followed_from_it(tmp
     assert isinstance(error, PreflightError)
     assert "/some/file" in error.what
     assert "read-only (rank 1; the traceback is in" in error.why
+
+
+def test_what_a_watchdog_said_is_not_replaced_by_what_followed_from_the_end_of_another_rank(tmp_path):
+    error_path(tmp_path, 0).parent.mkdir()
+    _report(HangError("a step did not end", "rank 0 was at: forward"), tmp_path, 0)
+    _report(RuntimeError("Connection closed by peer"), tmp_path, 0)
+    assert _cause([HangError.exit_code], tmp_path).why == "rank 0 was at: forward"
 
 
 def test_among_equals_the_first_is_shown(tmp_path):

@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from unicom_dist.config.errors import HangError, Preempted, PreflightError, UnicomError, from_record
 from unicom_dist.config.schema import Config
 
 STACK_SIGNAL = signal.SIGUSR2  # makes a rank write its stacks to its log, whatever it is stuck in
-STACK_S = 1.0  # it has for that
+ANSWER_S = 6.0  # from the first rank that found a hang to the end of all that can still say where they are
 REMIND_S = 2.0  # between repetitions of a request to stop
 GRACE_S = 3.0  # between asking the surviving ranks to end and killing them
 # glibc returns every large block to the system at once and faults its pages in again for the next one: on CPUs that is
@@ -149,13 +149,13 @@ def _watch(ranks: list[subprocess.Popen[bytes]], run_dir: Path, asked: list[int]
             for process in ranks:
                 if process.poll() is None:
                     process.terminate()
+        hung = any(_found_hang(error_path(run_dir, rank)) for rank in range(len(ranks)))
+        if hung:
+            _ask_where(ranks)
         codes = [process.poll() for process in ranks]
-        if any(code not in (None, 0, Preempted.exit_code) for code in codes):
+        if hung or any(code not in (None, 0, Preempted.exit_code) for code in codes):
             time.sleep(0.2)  # the others often fail in consequence: look once more before naming the cause
             codes = [process.poll() for process in ranks]
-            if HangError.exit_code in codes:
-                _ask_for_stacks(ranks)
-                codes = [process.poll() for process in ranks]
             _end(ranks)
             if asked and all(
                 code in (None, 0, Preempted.exit_code, -signal.SIGTERM, -signal.SIGKILL) for code in codes
@@ -173,13 +173,33 @@ def _watch(ranks: list[subprocess.Popen[bytes]], run_dir: Path, asked: list[int]
         raise _cause(codes, run_dir)
 
 
-def _ask_for_stacks(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Have the ranks that are still there write where they are; one that was stopped is woken up for it."""
+def _found_hang(error: Path) -> bool:
+    """Whether a rank's watchdog left this: the rank is still there, and with it the connections of the others."""
+    try:
+        record = json.loads(error.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or not yet whole
+        return False
+    return _by_watchdog(record)
+
+
+def _by_watchdog(record: dict[str, Any]) -> bool:
+    return record["type"] == HangError.__name__ and not record["unexpected"]
+
+
+def _ask_where(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Have all ranks say where they are and end; one that was stopped is woken up for it.
+
+    The line reaches their watchdogs. A rank that holds Python's lock has none that could answer: the signal gets its
+    stacks.
+    """
     for process in ranks:
         if process.poll() is None:
+            with suppress(BrokenPipeError):
+                _stdin(process).write(b"a rank hangs\n")
+                _stdin(process).flush()
             process.send_signal(STACK_SIGNAL)
             process.send_signal(signal.SIGCONT)
-    deadline = time.monotonic() + STACK_S
+    deadline = time.monotonic() + ANSWER_S
     while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
 
@@ -213,15 +233,11 @@ def _cause(codes: list[int | None], run_dir: Path) -> UnicomError:
         if code not in (None, 0):
             with suppress(OSError, ValueError):
                 record = json.loads(error_path(run_dir, rank).read_text(encoding="utf-8"))
-                vague = record.get(
-                    "unexpected", record["type"] == "UnicomError"
-                )  # often the consequence of another's end
-                records.append((vague, record["time"], record))
+                records.append((record["unexpected"], record["time"], record))  # often another's end is the cause
     if records:
         record = min(records, key=lambda item: item[:2])[2]
-        stalled = [other["why"] for _, _, other in records if other["what"] == record["what"]]
-        if record["type"] == "HangError" and len(stalled) > 1:  # where each of them was
-            record["why"] = "; ".join(stalled)
+        if _by_watchdog(record):  # where each of them was
+            record["why"] = "; ".join(other["why"] for _, _, other in records if _by_watchdog(other))
         return from_record(record)
     rank = next(rank for rank, code in enumerate(codes) if code not in (None, 0))
     return PreflightError(

@@ -17,6 +17,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self.hung = threading.Event()  # set when the launcher says that another rank no longer gets on
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -34,10 +35,11 @@ class StopRequest:
         self.requested = True
 
     def watch(self, parent: BinaryIO) -> None:
-        """Also stop when `parent` (a pipe whose other end the launcher holds) is closed: the launcher has died."""
+        """Listen to `parent`, a pipe from the launcher: a line means `hung`; its end, that the launcher died: stop."""
 
         def wait() -> None:
-            parent.read()
+            for _ in parent:
+                self.hung.set()
             self.requested = True
 
         threading.Thread(target=wait, name="parent", daemon=True).start()

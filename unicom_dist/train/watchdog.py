@@ -3,8 +3,8 @@
 The loop puts each step between `watching` and its end; a thread looks at the clock. As every step begins with a
 collective of all ranks, a rank that sleeps, dies or is stopped holds up the steps of all others within one step, and
 the watchdog of each finds it out by itself, without a message that might not get through. Python stacks, what the rank
-was doing and torch's record of its last collectives then go to its log. The launcher does the same to the ranks that
-are still there (a stopped one cannot look at its own clock): see `launch.py`.
+was doing and torch's record of its last collectives then go to its log. The launcher, told of the first, asks the
+others at once: their clocks may be behind, and the end of one rank breaks the connections of all (see `launch.py`).
 """
 
 import faulthandler
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 FIRST_STEP = 3  # times as long: kernels are compiled, memory is allocated, connections are made
 LOOK_S = 0.5  # between looks at the clock
-LINGER_S = 2.0  # a rank's end breaks its connections: before that the others find out by themselves where they are
+LINGER_S = 3.0  # a rank's end breaks its connections: before that the others say where they are
 COLLECTIVES = 8  # of the flight recorder's, in the log
 
 
@@ -33,11 +33,17 @@ class Watchdog:
     """A context manager around a rank's training. Without `stall_s` it only remembers what the rank is doing.
 
     `stalled(error)` is called from the watchdog's thread before the process ends; it should leave the error where the
-    launcher, or a reader of the run's status, looks for it.
+    launcher, or a reader of the run's status, looks for it. `elsewhere` is set when another rank's watchdog has found
+    something: this one then ends the process as well.
     """
 
-    def __init__(self, stall_s: float = 0.0, stalled: Callable[[HangError], object] | None = None) -> None:
-        self.stall_s, self._stalled = stall_s, stalled
+    def __init__(
+        self,
+        stall_s: float = 0.0,
+        stalled: Callable[[HangError], object] | None = None,
+        elsewhere: threading.Event | None = None,
+    ) -> None:
+        self.stall_s, self._stalled, self._elsewhere = stall_s, stalled, elsewhere or threading.Event()
         self._what: tuple[Any, ...] = ("starting",)
         self._deadline = self._since = float("inf")
         self._limit = stall_s
@@ -70,7 +76,7 @@ class Watchdog:
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_S):
-            if time.monotonic() > self._deadline:
+            if time.monotonic() > self._deadline or self._elsewhere.is_set():
                 self._end()
 
     def _end(self) -> None:

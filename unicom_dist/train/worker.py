@@ -73,7 +73,7 @@ def run_stages(
     config = with_precision(config, everyone)
     check_ranks(config, everyone.world)
     meshes: dict[Layout, Mesh] = {}  # a codec and a prior may be laid out differently
-    with Watchdog(config.parallel.stall_s, stalled) as dog:
+    with Watchdog(config.parallel.stall_s, stalled, stop.hung) as dog:
         for name in names:
             stage = config.stage(name)
             layout = config.layout(stage, everyone.world)
@@ -117,7 +117,10 @@ def _report(error: BaseException, run_dir: Path, rank: int) -> int:
     consequence = known is not error and not isinstance(known, PreflightError)  # perhaps, of another rank's end
     record = {**known.record(), "unexpected": consequence, "time": time.time()}
     try:
-        error_path(run_dir, rank).write_text(json.dumps(record), encoding="utf-8")
+        with error_path(run_dir, rank).open("x", encoding="utf-8") as file:
+            file.write(json.dumps(record))
+    except FileExistsError:  # the watchdog's: what the end of other ranks does to this one says less
+        pass
     except OSError:
         logging.getLogger(__name__).warning("the error could not be left for the launcher")
     return known.exit_code
