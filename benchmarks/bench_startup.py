@@ -2,10 +2,10 @@
 
 `unicom --help` and `unicom config show` are timed as whole processes. For training, a rank that resumes a prior stage
 from a checkpoint is timed from its start to the end of its first step; beside it a process that only does what cannot
-be saved: the same imports (with ZeRO-3 also those that DeepSpeed makes when it builds an engine), the rendezvous, and
-reading the checkpoint's bytes. The difference is what building model, engine and loader and the first step itself cost.
-`torch alone` and `DeepSpeed alone` import these and nothing of ours. One rank, one thread; the clock is the CPU time of
-the process and the children it waited for, wall time is shown as well.
+be saved: the same imports (with those that torch's AdamW makes when it is built, and DeepSpeed when it builds an engine
+of ZeRO-3), the rendezvous, and reading the checkpoint's bytes. The difference is what building model, engine and loader
+and the first step itself cost. `torch alone` and `DeepSpeed alone` import these and nothing of ours. One rank, one
+thread; the clock is the CPU time of the process and the children it waited for, wall time is shown as well.
 
     python benchmarks/bench_startup.py [--rounds 7]
 """
@@ -26,8 +26,9 @@ from common import Goal, Timing, in_turn, publish
 
 HERE = Path(__file__).resolve()
 LIMIT_S, SETUP_S, IMPORT_S = 0.5, 0.5, 2.5
+ADAMW = "torch._dynamo"  # what torch's AdamW imports when it is built
 # What DeepSpeed imports when it builds an engine of ZeRO-3.
-ENGINE = ("torch._dynamo", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer")
+ENGINE = (ADAMW, "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def resume(folder: str, zero_stage: str) -> None:
@@ -62,6 +63,7 @@ def unavoidable(folder: str, zero_stage: str) -> None:
     from unicom_dist.parallel.mesh import init_mesh
 
     mesh = init_mesh(timeout_s=60)
+    importlib.import_module(ADAMW)
     if zero_stage == "3":
         from unicom_dist.parallel.deepspeed_adapter import import_deepspeed
 
@@ -143,7 +145,7 @@ def main() -> int:
         methods = {
             "unicom --help": partial(command, ["--help"]),
             "unicom config show": partial(command, ["config", "show", "recipes/quickstart.yaml"]),
-            "torch alone": partial(imports, "torch"),
+            "torch alone": partial(imports, "torch", ADAMW),
             "DeepSpeed alone": partial(imports, "torch", "deepspeed", *ENGINE),
         }
         for stage, folder in folders.items():

@@ -75,26 +75,25 @@ def gather(contents: Sequence[memoryview], name_of: Callable[[int], str]) -> Ten
 
     DataError, with `name_of(i)`: damaged, or of another type or number of channels than the one before.
     """
-    buffer = np.empty(sum(map(len, contents)), np.uint8)  # a little too large: the headers are left out
-    target, used = buffer.data, 0
+    parts: list[memoryview] = []
     first: _Header | None = None
     head, start, stop = b"", 0, 0
     for number, content in enumerate(contents):
         try:
-            if (other := bytes(content[:_USUAL_HEADER])) != head or stop > len(content):
+            if (other := content[:_USUAL_HEADER].tobytes()) != head or stop > len(content):
                 header = _header(other) or _long_header(content)
                 first = _check_like(header, first)
                 _, shape, start, row = header
                 stop = start + shape[0] * row
+                if stop > len(content):
+                    raise ValueError(f"{len(content)} bytes, its header promises {stop}")
                 head = other if start == _USUAL_HEADER else b""
-            end = used + stop - start
-            target[used:end] = content[start:stop]
         except _DAMAGED as error:
             raise _unreadable(name_of(number), error) from error
-        used = end
+        parts.append(content[start:stop])
     if first is None:
         return torch.zeros(0, 0)
-    return _tensor(buffer[:used].view(first[0]).reshape(-1, *first[1][1:]))
+    return _tensor(np.frombuffer(bytearray().join(parts), first[0]).reshape(-1, *first[1][1:]))
 
 
 def _check_like(header: _Header, first: _Header | None) -> _Header:

@@ -6,8 +6,8 @@ of the images and may lack some of them (an image the encoder could not read); a
 Shards are opened when first needed, so that opening a set costs one manifest per part.
 """
 
-import bisect
 import itertools
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from unicom_dist.config.errors import DataError
 from unicom_dist.data.manifest import Manifest
-from unicom_dist.data.tar import Shard
+from unicom_dist.data.tar import NOWHERE, Shard
 
 _DOCS = "docs/data.md"
 _OPEN_SHARDS = 1024  # memory maps kept, the one opened first is closed first
@@ -89,7 +89,7 @@ class ShardSet:
         for number in numbers:
             if not 0 <= number <= last:
                 raise IndexError(number)
-            shard = bisect.bisect_right(starts, number) - 1
+            shard = bisect_right(starts, number) - 1
             row = number - starts[shard]
             source, parts = opened.get(shard) or self._joined(shard)
             if part:
@@ -98,8 +98,13 @@ class ShardSet:
                     if rows[row] < 0:
                         raise self._left_out(shard, base.keys[row], part)
                     row = rows[row]
-            for append, extension in wanted:
-                append(source.member(row, extension))
+            view, members = source.view, source.members
+            for append, extension in wanted:  # `source.member`, without the calls
+                offsets, sizes = members.get(extension, NOWHERE)
+                if not sizes or sizes[row] < 0:
+                    raise source.lacks(row, extension)
+                start = offsets[row]
+                append(view[start : start + sizes[row]])
         return columns
 
     def key(self, number: int) -> str:
@@ -121,7 +126,7 @@ class ShardSet:
         )
 
     def _locate(self, number: int) -> tuple[int, int]:
-        shard = bisect.bisect_right(self._starts, number) - 1
+        shard = bisect_right(self._starts, number) - 1
         if not 0 <= shard < len(self._starts) - 1:
             raise IndexError(number)
         return shard, number - self._starts[shard]

@@ -24,7 +24,7 @@ from unicom_dist.data.tarscan import BLOCK, Index, scan
 INDEX_FORMAT = "unicom-tar-index/1"
 Buffer = bytes | bytearray | memoryview
 _REMAKE = "remove the file and run the command that wrote it again"
-_NOWHERE: "tuple[array[int], array[int]]" = (array("q"), array("q"))
+NOWHERE: "tuple[array[int], array[int]]" = (array("q"), array("q"))
 
 
 class ShardEntry(NamedTuple):
@@ -201,6 +201,7 @@ def _foreign(path: Path) -> bool:
 class Shard:
     """Random access to the samples of one shard. `shard[i]` is {extension: memoryview}, without copying.
 
+    `view` is the whole file, `members` says by extension where in it each sample's content begins and how long it is.
     DataError: the file is missing, empty, cut off or unsafe (absolute or `..` names, links), or a key occurs twice.
     """
 
@@ -214,35 +215,38 @@ class Shard:
                 self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DataError(f"cannot read {self.path}", reason(error), _REMAKE) from error
-        self._view = memoryview(self._map)
+        self.view = memoryview(self._map)
         index = self._read_index(size)
         if index is None:
-            index = scan(self.path, self._view)
+            index = scan(self.path, self.view)
             if not _foreign(index_path(self.path)):
                 with contextlib.suppress(UnicomError):  # a read-only data folder: the index is a cache
                     _write_index(self.path, size, index[0], index[1])
         self.keys = index[0]
         # Arrays of machine integers: a fifth of the memory of lists, and one cache line instead of two per look-up.
-        self._members = {e: (array("q", offsets), array("q", sizes)) for e, (offsets, sizes) in index[1].items()}
+        self.members = {e: (array("q", offsets), array("q", sizes)) for e, (offsets, sizes) in index[1].items()}
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, number: int) -> dict[str, memoryview]:
-        view = self._view
+        view = self.view
         return {
             extension: view[offsets[number] : offsets[number] + sizes[number]]
-            for extension, (offsets, sizes) in self._members.items()
+            for extension, (offsets, sizes) in self.members.items()
             if sizes[number] >= 0
         }
 
     def member(self, number: int, extension: str) -> memoryview:
         """The content of one member. DataError if the sample has none with this extension."""
-        offsets, sizes = self._members.get(extension, _NOWHERE)
-        start, size = (offsets[number], sizes[number]) if sizes else (0, -1)
-        if size < 0:
-            raise DataError(f"{self.path.name}: sample {self.keys[number]!r} has no .{extension} member", "", _REMAKE)
-        return self._view[start : start + size]
+        offsets, sizes = self.members.get(extension, NOWHERE)
+        if not sizes or sizes[number] < 0:
+            raise self.lacks(number, extension)
+        return self.view[offsets[number] : offsets[number] + sizes[number]]
+
+    def lacks(self, number: int, extension: str) -> DataError:
+        """That a sample has no member with this extension."""
+        return DataError(f"{self.path.name}: sample {self.keys[number]!r} has no .{extension} member", "", _REMAKE)
 
     def _read_index(self, size: int) -> Index | None:
         """The side index, or None if there is none that fits this file."""
@@ -258,7 +262,7 @@ class Shard:
                 for number in [i for i, s in enumerate(sizes) if s >= 0][:: max(len(sizes) - 1, 1)]:
                     name = f"{keys[number]}.{extension}".encode()
                     start = offsets[number] - BLOCK
-                    if offsets[number] + sizes[number] > size or bytes(self._view[start : start + len(name)]) != name:
+                    if offsets[number] + sizes[number] > size or bytes(self.view[start : start + len(name)]) != name:
                         return None
             return keys, members
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -6,6 +6,7 @@ the mesh instead of the world.
 """
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import inspect
@@ -47,6 +48,7 @@ def import_deepspeed(device: torch.device) -> Any:
     # Remove when it is built on first use (deepspeed 0.19.8, comm/torch.py).
     vars(backend)["build_shm_op"] = lambda: None
     scope_order_check(deepspeed)
+    gc.freeze()  # DeepSpeed collects garbage as it builds an engine; what was imported is none, and takes .3 s to walk
     return deepspeed
 
 
