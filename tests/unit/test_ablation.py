@@ -20,7 +20,8 @@ from unicom_dist.train.ablation.cells import Variant, check_settings, make_cells
 from unicom_dist.train.ablation.codec_claims import claims_of
 from unicom_dist.train.ablation.codec_grid import Point, equal_scalars, points_of, published
 from unicom_dist.train.ablation.findings import Claim, Finding
-from unicom_dist.train.ablation.reconstruction import METRICS, Measured
+from unicom_dist.train.ablation.measured import Measured
+from unicom_dist.train.ablation.reconstruction import METRICS
 
 
 def finding(low: float, high: float, expected: str = "above", margin: float = 0.0) -> Finding:
@@ -120,7 +121,7 @@ def test_every_cell_is_a_recipe_of_its_own(tmp_path):
     points = points_of(base.ablation.model_copy(update={"widths": [4]}), 12)
     variants = [Variant(name, point.overrides()) for name, point in points.items()]
     cells = make_cells(
-        Loaded(base, {"seed": "recipe:1", "name": "recipe:2"}, tmp_path), variants, codec.codec_stage(base)
+        Loaded(base, {"seed": "recipe:1", "name": "recipe:2"}, tmp_path), variants, [codec.codec_stage(base)]
     )
     assert len(cells) == 2 * len(points)
     assert len({cell.folder for cell in cells}) == len(cells)
@@ -138,12 +139,12 @@ def test_every_cell_is_a_recipe_of_its_own(tmp_path):
     other = make_cells(
         Loaded(tiny_config(tmp_path, ablation={"seeds": 2}, seed=5, stages={"codec": {"lr": 0.5}}), {}, tmp_path),
         variants,
-        tiny_config(tmp_path, stages={"codec": {"lr": 0.5}}).stage("codec"),
+        [tiny_config(tmp_path, stages={"codec": {"lr": 0.5}}).stage("codec")],
     )
     with pytest.raises(ConfigError, match=r"stages\.codec\.lr = 0\.001, the recipe now says 0\.5"):
         check_settings(other[0])
     observed = tiny_config(tmp_path, stages={"codec": {"log_every": 7}}).stage("codec")
-    check_settings(make_cells(Loaded(base, {}, tmp_path), variants, observed)[0])
+    check_settings(make_cells(Loaded(base, {}, tmp_path), variants, [observed])[0])
 
 
 def test_a_recipe_without_a_codec_is_refused(tmp_path):
@@ -164,7 +165,7 @@ def result(tmp_path, monkeypatch):
     points = points_of(config.ablation, 1280)
     stage = codec.codec_stage(config)
     cells = make_cells(
-        Loaded(config, {}, tmp_path), [Variant(name, point.overrides()) for name, point in points.items()], stage
+        Loaded(config, {}, tmp_path), [Variant(name, point.overrides()) for name, point in points.items()], [stage]
     )
     random = np.random.default_rng(0)
     hard = random.normal(0, 3, 40)  # the pictures differ much more than the variants do

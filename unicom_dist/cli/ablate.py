@@ -17,3 +17,16 @@ def codec(recipe: Recipe, overrides: Overrides = None) -> None:
     with logged():
         page = ablation.run(loaded, say)
     say(f"page: {page}")
+
+
+@app.command("pathway")
+def pathway(recipe: Recipe, overrides: Overrides = None) -> None:
+    """One transformer against queries of a frozen one, compressed latents against all channels: who learns faster."""
+    loaded = load(recipe, overrides)
+
+    from pipelines import latents
+    from unicom_dist.train.ablation import pathway as ablation
+
+    with logged():
+        page = ablation.run(loaded, latents.run, say)
+    say(f"page: {page}")

@@ -44,7 +44,8 @@ class AblationConfig(Section):
     kinds: list[Literal["attention", "mlp"]] = Field(["attention", "mlp"], min_length=1, description="kinds of compressor")
     widths: list[PositiveInt] = Field([64], min_length=1, description="latent channels d of the variants that keep all tokens; a quarter of the tokens gets 4 d, as many values")
     spatial: list[Literal["pool", "resampler"]] = Field(["pool"], description="how the other variants quarter the tokens")
-    pictures: PositiveInt = Field(10, description="held-out pictures on the reconstruction sheet")
+    pathways: list[Literal["transfusion", "query_guided"]] = Field(["transfusion", "query_guided"], min_length=1, description="`unicom ablate pathway`: who draws the latents of every width; with all channels, Transfusion alone")
+    pictures: PositiveInt = Field(10, description="held-out pictures on the sheet")
 
 
 class TrackingConfig(Section):

@@ -16,11 +16,12 @@ from unicom_dist.config.load import Loaded, load_recipe, load_values
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.tracking.status import write_status
 from unicom_dist.train.launch import joined, launch, threads_per_rank
-from unicom_dist.train.pipeline import finished
+from unicom_dist.train.pipeline import finished, prepare_vocabulary
 
 DOCS = "docs/ablation.md"
 ORIGIN = "unicom ablate"
-DECISIVE = ("seed", "data.path", "data.augmented_views", "encoder", "codec", "stages")  # these change what is trained
+# These change what is trained.
+DECISIVE = ("seed", "data.path", "data.augmented_views", "encoder", "codec", "prior", "stages")
 OBSERVING = ("log_every", "eval_every", "sample_every", "checkpoint_every")  # keys of a stage that do not
 
 
@@ -34,12 +35,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: a variant with a seed. Its configuration has the one stage that is trained."""
+    """One training: a variant with a seed. Its configuration has the stages that are trained, or that they need."""
 
     variant: Variant
     seed: int
     config: Config
     origins: Mapping[str, str]
+    trained: tuple[str, ...]  # stages
 
     @property
     def name(self) -> str:
@@ -48,20 +50,30 @@ class Cell:
 
     @property
     def stage(self) -> StageConfig:
-        """The stage that is trained."""
-        return self.config.stages[0]
+        """The last that is trained: the one that is compared."""
+        return self.config.stage(self.trained[-1])
 
     @property
     def folder(self) -> Path:
         """Its run directory."""
         return Path(self.config.run_dir)
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints of the stage that is compared."""
+        return self.folder / "checkpoints" / self.stage.name
 
-def make_cells(loaded: Loaded, variants: Iterable[Variant], stage: StageConfig) -> list[Cell]:
-    """Every variant with each of `ablation.seeds` seeds, seed by seed within a variant. ConfigError: an illegal one."""
-    base = loaded.config
+
+def make_cells(
+    loaded: Loaded, variants: Iterable[Variant], trained: Sequence[StageConfig], given: Sequence[StageConfig] = ()
+) -> list[Cell]:
+    """Every variant with each of `ablation.seeds` seeds, seed by seed within a variant. ConfigError: an illegal one.
+
+    `given`: stages before those `trained` whose results every cell finds in its run directory.
+    """
+    base, names = loaded.config, tuple(stage.name for stage in trained)
     values = base.model_dump(mode="json")
-    values |= {"stages": [stage.model_dump(mode="json")], "keep_checkpoints": 1}
+    values |= {"stages": [stage.model_dump(mode="json") for stage in (*given, *trained)]}
     cells = []
     for variant in variants:
         for seed in range(base.seed, base.seed + base.ablation.seeds):
@@ -72,7 +84,7 @@ def make_cells(loaded: Loaded, variants: Iterable[Variant], stage: StageConfig) 
                 "tracking.mlflow": False,  # the ablation sends all of them
             }
             config = load_values(values, [f"{key}={json.dumps(value)}" for key, value in own.items()]).config
-            cells.append(Cell(variant, seed, config, dict(loaded.origins) | dict.fromkeys(own, ORIGIN)))
+            cells.append(Cell(variant, seed, config, dict(loaded.origins) | dict.fromkeys(own, ORIGIN), names))
     return cells
 
 
@@ -96,13 +108,15 @@ def train(cells: Sequence[Cell], folder: Path, say: Callable[[str], None]) -> No
             say(f"{cell.name}: finished before, skipped")
         else:
             write_config(cell.folder, cell.config, cell.origins)
+            if cell.stage.kind == "prior":
+                prepare_vocabulary(cell.config)
             todo.append(cell)
     if not todo:
         return
     parallel = todo[0].config.parallel
     threads = threads_per_rank(parallel.nproc, parallel.threads)
     say(f"{len(todo)} of {len(cells)} trainings; ranks: {parallel.nproc}, threads of each: {threads}")
-    launch([(cell.config, [cell.stage.name]) for cell in todo], folder, parallel.nproc, threads)
+    launch([(cell.config, list(cell.trained)) for cell in todo], folder, parallel.nproc, threads)
     for cell in todo:
         write_status(cell.folder, "done", stage=cell.stage.name, step=cell.stage.steps, exit_code=0)
 

@@ -17,15 +17,16 @@ from unicom_dist.evaluate.intervals import over_seeds_and_pictures
 from unicom_dist.evaluate.ruler import Ruler
 from unicom_dist.tracking.env import write_env
 from unicom_dist.tracking.mirror import start_mirror
-from unicom_dist.tracking.report.data import Points, Stage
+from unicom_dist.tracking.report.data import Stage
 from unicom_dist.tracking.report.document import write_page
 from unicom_dist.tracking.status import write_status
 from unicom_dist.train.ablation import codec_page
 from unicom_dist.train.ablation.cells import DOCS, Cell, Variant, make_cells, train
 from unicom_dist.train.ablation.codec_claims import claims_of
 from unicom_dist.train.ablation.codec_grid import Point, points_of
-from unicom_dist.train.ablation.journal import read_stage, record
-from unicom_dist.train.ablation.reconstruction import METRICS, Measured, measure, strip_of
+from unicom_dist.train.ablation.journal import held_out, mean_curve, read_stage, record
+from unicom_dist.train.ablation.measured import Measured, strip_of
+from unicom_dist.train.ablation.reconstruction import METRICS, STRIP, measure
 from unicom_dist.train.pipeline import final_status, preflight
 
 RESULT, PAGE, SHEET = "ablation.json", "ablation.html", "samples/ablation/sheet.png"
@@ -42,7 +43,7 @@ def run(loaded: Loaded, say: Callable[[str], None], ruler: Ruler | None = None) 
     config, folder = loaded.config, Path(loaded.config.run_dir)
     stage = codec_stage(config)
     points = points_of(config.ablation, feature_channels(open_set(config, "train"), config.encoder.kind))
-    cells = make_cells(loaded, [Variant(name, point.overrides()) for name, point in points.items()], stage)
+    cells = make_cells(loaded, [Variant(name, point.overrides()) for name, point in points.items()], [stage])
     preflight(config)
     write_config(folder, config, loaded.origins)
     write_env(folder)
@@ -51,14 +52,11 @@ def run(loaded: Loaded, say: Callable[[str], None], ruler: Ruler | None = None) 
     try:
         train(cells, folder, say)
         measured, originals = measure(cells, config, say, ruler)
-        found = zip(cells, measured, strict=True)
-        record(
-            folder, cells, {c.name: {m.name: one.mean(m) for m in METRICS if m.name in one.values} for c, one in found}
-        )
+        record(folder, cells, {cell.name: one.means() for cell, one in zip(cells, measured, strict=True)})
         tokens = tokens_of(config, points)
         result = summary(config, stage, points, tokens, cells, measured)
         write_page(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        strips = {cell.variant.name: strip_of(cell) for cell in reversed(cells)}  # of the first seed
+        strips = {cell.variant.name: strip_of(cell.folder / STRIP) for cell in reversed(cells)}  # of the first seed
         (folder / SHEET).parent.mkdir(parents=True, exist_ok=True)
         codec_page.sheet(result, originals, strips).save(folder / SHEET)
         write_page(folder / PAGE, codec_page.render(result, folder / SHEET, folder))
@@ -155,15 +153,3 @@ def seed_std(tables: Sequence[NDArray[np.float64]]) -> float | None:
     if len(tables[0]) < 2:
         return None
     return float(np.mean([values.mean(1).var(ddof=1) for values in tables]) ** 0.5)
-
-
-def held_out(stage: Stage, name: str) -> Points:
-    """The held-out curve of a training, the mean over the fixed times; empty where the quantity was not recorded."""
-    times = [curve.heldout for key, curve in stage.curves.items() if key.startswith(f"{name}@")]
-    return mean_curve(times) if times else []
-
-
-def mean_curve(curves: Sequence[Points]) -> Points:
-    """The mean of curves at the steps all of them have."""
-    steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
-    return [(step, sum(dict(curve)[step] for curve in curves) / len(curves)) for step in steps]

@@ -9,7 +9,8 @@ from unicom_dist.evaluate.intervals import over_seeds_and_pictures
 from unicom_dist.tracking.report.data import Points
 from unicom_dist.train.ablation.codec_grid import Point, Published, equal_scalars, published
 from unicom_dist.train.ablation.findings import Claim, Expected, Finding
-from unicom_dist.train.ablation.reconstruction import LPIPS, PSNR, RFID, SSIM, Metric
+from unicom_dist.train.ablation.measured import Metric
+from unicom_dist.train.ablation.reconstruction import LPIPS, PSNR, RFID, SSIM
 
 Tables = Mapping[str, Mapping[str, NDArray[np.float64]]]  # variant -> metric -> values [seeds, pictures]
 SeedCurves = Mapping[str, Sequence[Points]]  # variant -> held-out flow loss over the steps, one curve per seed

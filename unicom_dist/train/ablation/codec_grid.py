@@ -38,7 +38,7 @@ class Point:
         """The dotted keys of a recipe. An identity keeps the channels, so nothing widens them again either."""
         values = {"kind": self.kind, "spatial": self.spatial, "channels": self.channels, "bottleneck": "none"}
         if self.kind == "identity":
-            values["expanded"] = 0
+            values |= {"expanded": 0, "start": "random"}
         return {f"codec.compressor.{key}": value for key, value in values.items()}
 
 

@@ -17,14 +17,12 @@ from unicom_dist.tracking.report.html import Child, Markup, join, table, tag
 from unicom_dist.tracking.report.pictures import embed
 from unicom_dist.train.ablation.codec_claims import label, reference_width
 from unicom_dist.train.ablation.codec_grid import TABLE_4, Point, published
-from unicom_dist.train.ablation.reconstruction import METRICS, PSNR, RFID, Metric
+from unicom_dist.train.ablation.measured import Metric
+from unicom_dist.train.ablation.page import ARROWS, STACK, WIDE, Result, interval, numbers, sentence, shade, verdicts
+from unicom_dist.train.ablation.reconstruction import METRICS, PSNR, RFID
 
-Result = Mapping[str, Any]
 COLORS = {"identity": "#1c2430", "attention": "#3465a4", "mlp": "#c4601d"}
 FEWER = {"identity": "#8a93a0", "attention": "#8fb4dd", "mlp": "#e9b48c"}  # the same with a quarter of the tokens
-STYLES = {"agrees": "good", "disagrees": "poor"}
-STACK = "display: grid; gap: 14px; max-width: 860px"
-ARROWS = {"higher": "↑", "lower": "↓"}
 
 
 def render(result: Result, sheet: Path, run_dir: Path) -> str:
@@ -69,44 +67,6 @@ def header(result: Result) -> Markup:
     return tag("header", tag("p", "UniCom codec ablation", class_="kicker"), tag("h1", title), tag("dl", *items))
 
 
-def verdicts(result: Result) -> Markup:
-    """Every claim with its verdict and, in words, the findings in the first metric; all of them folded."""
-    blocks: list[Child] = []
-    for claim in result["claims"]:
-        verdict, findings = claim["verdict"], claim["findings"]
-        lead = [tag("li", f["sentence"]) for f in findings if f["metric"] == findings[0]["metric"] or len(findings) < 5]
-        rows: list[list[Child]] = [_finding(finding) for finding in findings]
-        head: list[Child] = ["left", "right", "figure", "left − right", "95 % interval", "paper", "expected", "verdict"]
-        folded = table(head, rows, (3, 4, 5))
-        blocks += [
-            tag("h3", claim["claim"], tag("small", claim["source"])),
-            tag("p", tag("span", _sentence(verdict), class_=STYLES.get(verdict))),
-            tag("ul", *lead),
-            tag("details", tag("summary", f"all {len(findings)} comparisons"), folded),
-        ]
-    return join(*blocks)
-
-
-def _sentence(verdict: str) -> str:
-    words = {"agrees": "Agrees.", "disagrees": "Disagrees.", "not decided": "Not decided by these intervals."}
-    return words.get(verdict, f"Mixed: {verdict}.")
-
-
-def _finding(finding: Mapping[str, Any]) -> list[Child]:
-    digits = 2 if finding["unit"] == "dB" else 3
-    expected = {"above": "> 0", "below": "< 0", "equal": f"within ±{finding['margin']:g}"}[finding["expected"]]
-    return [
-        finding["left"],
-        finding["right"],
-        f"{finding['metric']} {finding['unit']}",
-        _signed(finding["difference"]["mean"], digits),
-        _interval(finding["difference"], digits, signed=True),
-        _signed(finding["paper"], digits),
-        expected,
-        tag("span", finding["verdict"], class_=STYLES.get(finding["verdict"])),
-    ]
-
-
 def pictures(sheet: Path, result: Result) -> Markup | None:
     """The sheet, of the first seed."""
     source = embed(sheet)
@@ -126,8 +86,8 @@ def equal_steps(result: Result) -> Markup:
         cells: list[Child] = [name_of(variant), f"{values:,}", f"{variant['parameters'] / 1e6:.2f} M"]
         for metric in metrics_of(result):
             estimate = variant["figures"][metric.name]
-            interval = tag("small", _interval(estimate, metric.digits))
-            cells.append(join(f"{estimate['mean']:.{metric.digits}f} ", interval))
+            bounds = tag("small", interval(estimate, metric.digits))
+            cells.append(join(f"{estimate['mean']:.{metric.digits}f} ", bounds))
         rows.append(cells)
     head: list[Child] = ["tokens × channels", "values", "parameters"]
     head += [f"{metric.name} {metric.unit} {ARROWS[metric.better]}" for metric in metrics_of(result)]
@@ -135,7 +95,7 @@ def equal_steps(result: Result) -> Markup:
     charts = []
     for metric in metrics_of(result):
         bars = [
-            Bar(name_of(variant), *_numbers(variant["against_whole"][metric.name]), color_of(variant))
+            Bar(name_of(variant), *numbers(variant["against_whole"][metric.name]), color_of(variant))
             for variant in result["variants"][1:]
         ]
         charts.append(forest(f"{metric.name}: difference to {whole}", bars, metric.unit, whole, metric.digits))
@@ -155,13 +115,13 @@ def equal_scalars(result: Result) -> Markup | None:
     for metric in metrics_of(result):
         found = [finding for finding in claim["findings"] if finding["metric"] == metric.name]
         bars = [
-            Bar(f"{f['left']} | {f['right'].partition(',')[0]}", *_numbers(f["difference"]), "#3465a4") for f in found
+            Bar(f"{f['left']} | {f['right'].partition(',')[0]}", *numbers(f["difference"]), "#3465a4") for f in found
         ]
         zero = "as good with a quarter of the tokens"
         charts.append(
             forest(f"{metric.name}: all tokens minus a quarter of them", bars, metric.unit, zero, metric.digits)
         )
-    text = f"{_sentence(claim['verdict'])} Both sides of a pair have as many values per picture and the same steps."
+    text = f"{sentence(claim['verdict'])} Both sides of a pair have as many values per picture and the same steps."
     return join(tag("p", text), tag("div", *charts, style=STACK))
 
 
@@ -207,8 +167,7 @@ def curves(result: Result) -> Markup | None:
             ]
             charts.append(chart(name, lines, labels=True))
         if any(charts):
-            wide = "grid-template-columns: repeat(auto-fill, minmax(420px, 1fr))"
-            blocks += [tag("h3", title), tag("div", *(item for item in charts if item), class_="charts", style=wide)]
+            blocks += [tag("h3", title), tag("div", *(item for item in charts if item), class_="charts", style=WIDE)]
     note = (
         "Of the averaged weights, which trail behind while the loss falls fast. Means over the seeds and fixed times."
     )
@@ -270,29 +229,5 @@ def color_of(variant: Mapping[str, Any]) -> str:
     return (COLORS if variant["spatial"] == "none" else FEWER)[variant["kind"]]
 
 
-def shade(variant: Mapping[str, Any], group: Sequence[Mapping[str, Any]]) -> str:
-    """A colour of its own within a chart."""
-    palette = ("#1c2430", "#3465a4", "#c4601d", "#2e8540", "#8b4fa8", "#b3344d", "#5f6b7a", "#0f8f8f", "#8a6d1b")
-    return palette[list(group).index(variant) % len(palette)]
-
-
 def _mean(variant: Mapping[str, Any], metric: str, digits: int) -> str:
     return f"{variant['figures'][metric]['mean']:.{digits}f}"
-
-
-def _numbers(estimate: Mapping[str, float | None]) -> tuple[float, float, float]:
-    mean, low, high = estimate["mean"], estimate["low"], estimate["high"]
-    assert mean is not None
-    return mean, -float("inf") if low is None else low, float("inf") if high is None else high
-
-
-def _signed(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:+.{digits}f}"
-
-
-def _interval(estimate: Mapping[str, float | None], digits: int, signed: bool = False) -> str:
-    low, high = estimate["low"], estimate["high"]
-    if low is None or high is None:
-        return "not known"
-    sign = "+" if signed else ""
-    return f"{low:{sign}.{digits}f} … {high:{sign}.{digits}f}"

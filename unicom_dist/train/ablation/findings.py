@@ -12,6 +12,11 @@ Expected = Literal["above", "below", "equal"]
 WORDS = {"agrees": "Agrees", "disagrees": "Disagrees", "not decided": "Not decided"}
 
 
+def digits_of(unit: str) -> int:
+    """Behind the point: those that mean something."""
+    return {"dB": 2, "steps": 0}.get(unit, 3)
+
+
 @dataclass(frozen=True)
 class Finding:
     """The difference `left` minus `right` in one metric, and what the claim expects of it.
@@ -57,7 +62,7 @@ class Finding:
     @property
     def digits(self) -> int:
         """Behind the point: those that mean something."""
-        return 2 if self.unit == "dB" else 3
+        return digits_of(self.unit)
 
     def as_dict(self) -> dict[str, Any]:
         """The form of `ablation.json`."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unicom_dist.tracking.metrics import METRICS_FILE, Record, read_metrics
-from unicom_dist.tracking.report.data import Stage, collect_stages
+from unicom_dist.tracking.report.data import Points, Stage, collect_stages
 from unicom_dist.train.ablation.cells import Cell
 
 KEPT = ("train", "eval", "params")
@@ -21,6 +21,18 @@ def read_stage(cell: Cell) -> Stage:
     return collect_stages(read_metrics(cell.folder), [name]).get(name, Stage(name))
 
 
+def held_out(stage: Stage, name: str) -> Points:
+    """The held-out curve of a training, the mean over the fixed times; empty where the quantity was not recorded."""
+    times = [curve.heldout for key, curve in stage.curves.items() if key.startswith(f"{name}@")]
+    return mean_curve(times) if times else []
+
+
+def mean_curve(curves: Sequence[Points]) -> Points:
+    """The mean of curves at the steps all of them have."""
+    steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
+    return [(step, sum(dict(curve)[step] for curve in curves) / len(curves)) for step in steps]
+
+
 def record(folder: Path, cells: Sequence[Cell], figures: Mapping[str, Mapping[str, float]]) -> None:
     """Append to the metrics.jsonl in `folder` the trainings that are not in it, with `figures` by cell and name."""
     known = {item.stage for item in read_metrics(folder) if item.kind == "stage"}
@@ -28,7 +40,7 @@ def record(folder: Path, cells: Sequence[Cell], figures: Mapping[str, Mapping[st
     for cell in cells:
         if cell.name in known:
             continue
-        records = [item for item in read_metrics(cell.folder) if item.kind in KEPT]
+        records = [r for r in read_metrics(cell.folder) if r.stage == cell.stage.name and r.kind in KEPT]
         step, now = cell.stage.steps, time.time()
         lines += [Record(cell.name, item.step, item.kind, item.values, item.time) for item in records]
         lines += [

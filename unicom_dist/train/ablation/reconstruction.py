@@ -1,13 +1,9 @@
 """What every codec of an ablation is measured by: the reconstruction suite's figures on the same held-out pictures.
 
-Figures are kept per picture, so that variants can be compared picture by picture, in `measured.json` of the run
-directory; some pictures in `reconstructions.png` beside it, side by side. Both are written once per weights.
+Some of what was rebuilt is kept in `reconstructions.png` of the run directory, side by side.
 """
 
-import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,22 +15,12 @@ from unicom_dist.data.pairs import spread
 from unicom_dist.evaluate import ruler as rulers
 from unicom_dist.evaluate.frechet import FeatureSums, frechet_distance
 from unicom_dist.evaluate.picture_pairs import CodecPairs, PicturePair, with_codec_of
-from unicom_dist.evaluate.rows import Better
 from unicom_dist.evaluate.ruler import Ruler
 from unicom_dist.train.ablation.cells import DOCS, Cell
+from unicom_dist.train.ablation.measured import Measured, Metric, read, strip, write
 
-FILE, STRIP = "measured.json", "reconstructions.png"
+STRIP = "reconstructions.png"
 TOGETHER = 32  # pictures drawn and judged at a time
-
-
-@dataclass(frozen=True)
-class Metric:
-    """Name and unit of a figure, which direction is better, and the digits behind the point that mean something."""
-
-    name: str
-    unit: str
-    better: Better
-    digits: int = 3
 
 
 PSNR = Metric("PSNR", "dB", rulers.METRICS["psnr"].better, 2)
@@ -44,21 +30,6 @@ COSINE = Metric("feature cosine", "", rulers.METRICS["cosine"].better)
 RFID = Metric("rFID", "", "lower", 2)
 OF_PAIRS = {"psnr": PSNR, "ssim": SSIM, "lpips": LPIPS, "cosine": COSINE}
 METRICS = (*OF_PAIRS.values(), RFID)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A training's figures: by the metric's name a value per picture, in the order of `keys`; one in all for rFID."""
-
-    keys: list[str]
-    parameters: int  # of compressor and decompressor
-    values: dict[str, list[float]]
-    identity: dict[str, Any]  # what they depend on
-
-    def mean(self, metric: Metric) -> float:
-        """Over the pictures."""
-        values = self.values[metric.name]
-        return sum(values) / len(values)
 
 
 def measure(
@@ -77,14 +48,14 @@ def measure(
         judged = config.eval.model_dump(mode="json", include={"fid_path", "fid_protocol", "lpips_path"})
         drawn = config.sample.model_dump(mode="json", include={"decoder_steps", "decoder_guidance", "solver", "seed"})
         identity = {**source.identity, **judged, "sample": drawn, "shown": len(shown)}
-        measured = read(cell, identity)
+        measured = read(cell.folder, identity, STRIP)
         if measured is None:
             ruler = ruler or Ruler.load(config.eval, config.encoder)
             measured, rebuilt = figures(source, ruler, identity)
             strip([rebuilt[number] for number in spread(len(shown), len(rebuilt))]).save(cell.folder / STRIP)
-            write(cell, measured)
+            write(cell.folder, measured)
             told = [metric for metric in METRICS if metric.name in measured.values]
-            say(f"{cell.name}: {'  '.join(f'{m.name} {measured.mean(m):.{m.digits}f}' for m in told)}")
+            say(f"{cell.name}: {'  '.join(f'{m.name} {measured.mean(m.name):.{m.digits}f}' for m in told)}")
         found.append(measured)
     return found, originals
 
@@ -116,37 +87,3 @@ def figures(source: CodecPairs, ruler: Ruler, identity: dict[str, Any]) -> tuple
     parameters = sum(p.numel() for part in (codec.compressor, codec.decompressor) for p in part.parameters())
     keys = [pair.key for pair in pairs]
     return Measured(keys, parameters, values, identity), [pair.rebuilt for pair in pairs]
-
-
-def strip(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures side by side, each on a square as large as the longest side of all."""
-    side = max(max(picture.size) for picture in pictures)
-    canvas = Image.new("RGB", (side * len(pictures), side), (255, 255, 255))
-    for number, picture in enumerate(pictures):
-        canvas.paste(picture, (side * number + (side - picture.width) // 2, (side - picture.height) // 2))
-    return canvas
-
-
-def strip_of(cell: Cell) -> list[Image.Image]:
-    """The pictures of a training's strip. OSError: there is none."""
-    with Image.open(cell.folder / STRIP) as opened:
-        whole = opened.convert("RGB")
-    side = whole.height
-    return [whole.crop((left, 0, left + side, side)) for left in range(0, whole.width, side)]
-
-
-def read(cell: Cell, identity: dict[str, Any]) -> Measured | None:
-    """What was measured before of the same; None if it was not."""
-    try:
-        measured = Measured(**json.loads((cell.folder / FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return measured if measured.identity == identity and (cell.folder / STRIP).is_file() else None
-
-
-def write(cell: Cell, measured: Measured) -> None:
-    """`measured.json`, whole or not at all."""
-    path = cell.folder / FILE
-    temporary = path.with_name(f".{FILE}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(asdict(measured)) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
