@@ -28,7 +28,7 @@ from unicom_dist.models.backbone import Decoder
 from unicom_dist.models.layers import rotary_angles
 from unicom_dist.models.segments import Segment
 from unicom_dist.parallel import kernels
-from unicom_dist.plan.memory import layer_activations
+from unicom_dist.plan.activations import layer_activations
 from unicom_dist.testing.distributed import run_ranks
 
 POSITIONS = 1280

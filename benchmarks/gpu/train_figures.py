@@ -12,8 +12,9 @@ from train_rows import FEATURE_CHANNELS, LATENT_CHANNELS, ROWS, Size
 from unicom_dist.config.layout import Layout
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.models.segments import PackedBatch
+from unicom_dist.plan.activations import Batch
 from unicom_dist.plan.hardware import USABLE
-from unicom_dist.plan.memory import Batch, Memory, rank_memory
+from unicom_dist.plan.memory import Memory, rank_memory
 from unicom_dist.plan.parameters import Sizes
 from unicom_dist.tracking.flops import Peak
 

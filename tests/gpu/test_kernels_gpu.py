@@ -120,7 +120,7 @@ def test_language_head() -> None:
 @pytest.mark.parametrize("selective", [False, True])
 def test_a_layer_holds_what_the_formula_says(selective: bool) -> None:
     """Bytes allocated between forward and backward of a layer, within 5 % of plan's figure."""
-    from unicom_dist.plan.memory import layer_activations
+    from unicom_dist.plan.activations import layer_activations
 
     config = PriorConfig(hidden=512, layers=1, heads=8, kv_heads=2, ffn=1408)
     layer, positions = Layer(config).to("cuda", torch.bfloat16), 4096

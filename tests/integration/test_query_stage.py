@@ -13,7 +13,11 @@ from unicom_dist.config.errors import Preempted
 from unicom_dist.config.explain import write_config
 from unicom_dist.config.schema import Config
 from unicom_dist.data.manifest import Manifest
+from unicom_dist.evaluate import quick
+from unicom_dist.evaluate.heldout import to_unit
+from unicom_dist.evaluate.quick import Networks
 from unicom_dist.models.query_guided import OWN, QueryGuided
+from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.sample.loading import with_fingerprint
 from unicom_dist.sample.pipeline import UniComPipeline
@@ -40,7 +44,8 @@ def finished(tmp_path_factory) -> Config:
     stages = [
         {"name": "codec", "kind": "codec", "steps": 1, "batch": 4, "precision": "float32"},
         {"name": "latents", "kind": "latents"},
-        {**PRIOR, "name": "pretrain", "steps": 2},
+        # It reads alone, as alignment does in recipes: the flow head that no guide uses stays zero.
+        {**PRIOR, "name": "pretrain", "steps": 2, "mixture": {"text_to_image": 0, "image_to_text": 1}},
         {**PRIOR, "name": "query", "steps": 4, "query": GUIDE},
         {**PRIOR, "name": "more", "steps": 1, "query": GUIDE},
     ]
@@ -97,6 +102,26 @@ def test_a_guide_is_sampled_saved_and_read_as_any_prior(finished, tmp_path):
     pipeline.save_pretrained(tmp_path / "model", torch.float32)
     again = UniComPipeline.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(again.draw_latents(["a blue square"], [2], 2)[0].values, alone)
+
+
+def test_evaluation_draws_in_the_recipe_s_steps_and_the_untrained_prior_in_one(finished, tmp_path, monkeypatch):
+    assert not any(weights(finished, "more")[f"flow_head.out.{name}"].any() for name in ("weight", "bias"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {finished.run_dir}/config.yaml\nsample: {{steps: 3, solver: euler}}\n")
+    looks: dict[type, list[float]] = {QueryGuided: [], Transfusion: []}
+    for kind in looks:
+
+        def spied(model, prefix, z_t, t, grid, look=kind.velocity_from_prefix):
+            looks[type(model)].append(t.max().item())
+            return look(model, prefix, z_t, t, grid)
+
+        monkeypatch.setattr(kind, "velocity_from_prefix", spied)
+    cheap = Networks(lambda pictures: to_unit(pictures).flatten(1), lambda a, b: (a - b).square().flatten(1).mean(1))
+    quick.run(finished.run_dir, cheap, recipe, tmp_path)
+    drawings = looks[QueryGuided].count(0.0)
+    assert drawings >= 2  # of prompts held out and trained on
+    assert looks[QueryGuided] == pytest.approx([0, 1 / 3, 2 / 3] * drawings)
+    assert looks[Transfusion] == [0.0] * drawings
 
 
 def test_an_interrupted_stage_ends_bit_equal(finished, tmp_path):

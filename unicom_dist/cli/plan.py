@@ -23,13 +23,18 @@ def plan(
     text: Annotated[
         float, typer.Option("--text", help="Share of the positions with a text label.", min=0, max=1)
     ] = 0.5,
+    drawn: Annotated[
+        float, typer.Option("--drawn", help="Share that are latents to draw; query stages.", min=0, max=1)
+    ] = 0.5,
+    latents: Annotated[int, typer.Option("--latents", help="Latents of an image to draw; query stages.", min=1)] = 256,
     as_json: AsJson = False,
 ) -> None:
     """Print a prior's layout and the memory each rank needs. Exit status 2 if no card has that much."""
     from unicom_dist.config.layout import Layout, refusals
+    from unicom_dist.plan.activations import Batch
     from unicom_dist.plan.hardware import MEMORY, USABLE
-    from unicom_dist.plan.memory import Batch, rank_memory
-    from unicom_dist.plan.parameters import Sizes, parameters, pp_ranks
+    from unicom_dist.plan.memory import rank_memory
+    from unicom_dist.plan.parameters import Sizes, Trained, parts, pp_ranks
 
     config = load(recipe, overrides).config
     stages = [s for s in config.stages if s.kind == "prior" and stage in ("", s.name)]
@@ -44,12 +49,22 @@ def plan(
     chosen, layout = stages[-1], Layout.of(config.parallel, world)
     sizes = Sizes(vocabulary, config.codec.compressor.channels, feature_channels)
     rows = max(1, chosen.batch // (layout.dp * chosen.micro_batches))
-    batch = Batch(rows * chosen.row_positions, text, chosen.micro_batches)
-    memory = [rank_memory(config.prior, sizes, layout, batch, pp, chosen.precision) for pp in range(layout.pp)]
+    positions = rows * chosen.row_positions
+    latents_drawn = int(positions * drawn)
+    batch = Batch(positions, text, chosen.micro_batches, latents_drawn, -(-latents_drawn // latents))
+    precision = "float32" if chosen.precision == "float32" else "bfloat16"  # which auto is on every one of these cards
+    trained = Trained.of(chosen)
+    memory = [rank_memory(config.prior, sizes, layout, batch, pp, precision, trained) for pp in range(layout.pp)]
     most, room = max(m.total for m in memory), int(MEMORY[hardware] * USABLE)
+    by_part = parts(config.prior, sizes, trained.query)
+    whole = sum(by_part.values())
+    moved = {name: count * (name in trained) for name, count in by_part.items()}
     if as_json:
         found: dict[str, Any] = {
-            "parameters": parameters(config.prior, sizes),
+            "stage": chosen.name,
+            "parameters": whole,
+            "trained": sum(moved.values()),
+            "parts": {name: {"trained": n, "frozen": by_part[name] - n} for name, n in moved.items()},
             "layers": [[list(chunk) for chunk in chunks] for chunks in pp_ranks(config.prior, sizes, layout)],
             "ranks": [{"parameters": m.parameters, **m.table(), "total": m.total} for m in memory],
             "usable": room,
@@ -57,8 +72,10 @@ def plan(
         }
         print_json(found)
     else:
-        say(layout.table())
-        say(f"\n{parameters(config.prior, sizes):,} parameters; {batch.positions:,} positions in a micro-batch")
+        say(layout.table() + "\n")
+        rows_of_parts = [[name, f"{n:,}", f"{by_part[name] - n:,}"] for name, n in moved.items()]
+        print_table([f"parameters of {chosen.name}", "trained", "frozen"], rows_of_parts)
+        say(f"\n{whole:,} parameters, {sum(moved.values()):,} trained; {positions:,} positions in a micro-batch")
         purposes = list(memory[0].table())
         print_table(
             ["GB per rank", *purposes, "total"],

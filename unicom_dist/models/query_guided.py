@@ -33,7 +33,6 @@ from unicom_dist.parallel.engine import Piece
 OWN = "guide."  # the names of what this pathway adds to a Transfusion
 CONNECTOR_STD = 0.014  # of the matrices of its layers
 CONNECTOR_GAIN = math.sqrt(5.5)  # of its last norm: the scale at which a decoder expects its condition
-HEAD = 64  # channels of an attention head
 
 Planner = Callable[[list[Segment]], Attend]  # how a packing of these segments attends
 
@@ -47,13 +46,6 @@ def guide_weight(piece: Piece, seed: int) -> Tensor:
     if piece.name.startswith("guide.queries."):
         return initial(piece, seed, INITIAL_STD)
     return initial(piece, seed, CONNECTOR_STD if piece.name.startswith("guide.connector.layers.") else 0.0)
-
-
-def sized(config: PriorConfig, width: int) -> PriorConfig:
-    """The sizes of a layer of another width, with heads of 64 channels where these divide it."""
-    heads = width // math.gcd(width, HEAD)
-    changes = {"hidden": width, "heads": heads, "kv_heads": heads, "ffn": 4 * width, "qk_norm": False}
-    return config.model_copy(update=changes)
 
 
 class Queries(nn.Module):
@@ -73,7 +65,7 @@ class QueryConnector(nn.Module):
 
     def __init__(self, config: PriorConfig, layers: int, width: int) -> None:
         super().__init__()
-        self.config = sized(config, config.hidden)
+        self.config = config.of_width(config.hidden)
         self.layers = nn.ModuleList(Layer(self.config) for _ in range(layers))
         self.lift = nn.Linear(config.hidden, width)
         self.act = nn.GELU()
@@ -123,7 +115,7 @@ class FlowDecoder(nn.Module):
     def __init__(self, config: PriorConfig, query: QueryConfig, latent_channels: int) -> None:
         super().__init__()
         width = query.decoder_width
-        self.config = sized(config, width)
+        self.config = config.of_width(width)
         self.latent_in = nn.Linear(latent_channels, width)
         self.time = TimeEmbedding(width)
         self.layers = nn.ModuleList(DecoderLayer(self.config) for _ in range(query.decoder_layers))

@@ -1,10 +1,13 @@
 """The Transfusion backbone."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from unicom_dist.config.schema.base import Fraction, Section, Unworkable, divisors, multiples
+
+GUIDE_HEAD = 64  # channels of an attention head in the layers of a guide
 
 
 class PriorConfig(Section):
@@ -44,6 +47,11 @@ class PriorConfig(Section):
     def read_channels(self, features: int, latents: int) -> int:
         """Channels of what the connector reads, where the encoder's features have `features`, latents `latents`."""
         return features + latents * (self.understanding == "dim_concat")
+
+    def of_width(self, width: int) -> Self:
+        """The sizes of a guide's layers (`QueryConfig`), `width` wide, with heads of 64 channels where these divide it."""
+        heads = width // math.gcd(width, GUIDE_HEAD)
+        return self.model_copy(update={"hidden": width, "heads": heads, "kv_heads": heads, "ffn": 4 * width, "qk_norm": False})
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
