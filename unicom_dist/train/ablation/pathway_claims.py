@@ -38,8 +38,8 @@ def claims_of(arms: Sequence[Arm], tables: Mapping[str, Tables], flow: Mapping[s
 
 def _retrieval(left: Arm, right: Arm, tables: Mapping[str, Tables]) -> Iterator[Finding]:
     """`left` expected to draw better than `right` at every step that was measured, the last first."""
-    for metric, table in reversed(tables[left.name].items()):
-        for step, values in reversed(table.items()):
+    for metric, table in reversed(list(tables[left.name].items())):
+        for step, values in reversed(list(table.items())):
             difference = over_seeds_and_pictures(values - tables[right.name][metric][step])
             yield Finding(left.label, right.label, at(metric, step), "", difference, "above")
 
