@@ -105,6 +105,18 @@ def test_flex_attention_and_its_gradients(length: int) -> None:
         assert max(errors(lambda *tensors, p=plan: p(0, *tensors), shapes, dense, torch.bfloat16)) <= 0.02
 
 
+def test_flex_attention_is_compiled_once_for_batches_of_one_padded_length() -> None:
+    needs("flex_attention")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for text in range(300, 312):  # more different lengths than may be compiled
+        segments = [Segment(0, "causal", text), Segment(0, "noise", 130), Segment(1, "causal", 1024 - 130 - text)]
+        shapes = [(1024, 4, 64), (1024, 2, 64), (1024, 2, 64)]
+        query, key, value = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+        FlexPlan.build(segments, "cuda")(0, query, key, value).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_language_head() -> None:
     ids = torch.randint(5000, (ROWS,), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
 

@@ -10,12 +10,15 @@ from training_run import losses, tiny_run, write_stats
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.data import overview
+from unicom_dist.parallel.kernels import Kernels
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.distributed import run_ranks
 from unicom_dist.tracking.metrics import read_metrics
 from unicom_dist.tracking.status import read_status
+from unicom_dist.train import prior
 from unicom_dist.train.loop import check_ranks
 from unicom_dist.train.pipeline import run
+from unicom_dist.train.tasks import make_task
 
 STAGES = ("codec", "alignment", "pretrain", "continue", "sft")
 
@@ -87,14 +90,26 @@ def test_a_second_start_skips_what_is_finished(finished):
 
 def test_connector_stage_moves_no_weight_of_the_backbone(finished):
     config, _ = finished
-    from unicom_dist.train.tasks import make_task
-
     task = make_task(config, config.stage("alignment"))
     before = dict(task.build(Mesh(0, 1, torch.device("cpu"))).named_parameters())
     after = load_file(Path(config.run_dir) / "weights" / "alignment" / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name].bfloat16(), after[name])}
     assert moved
     assert not any(name.startswith("backbone.") for name in moved)
+
+
+def test_kernels_that_are_compiled_for_a_length_see_whole_rows(finished, monkeypatch):
+    config, _ = finished
+    stage, alone = config.stage("pretrain"), Mesh(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(prior, "choose", lambda *_, **__: Kernels(flex_attention=True))
+    task = make_task(config, stage)
+    with task.loader(alone) as loader:
+        batches = [batch for _ in range(4) for batch in loader.next_step()]
+    share = task.build(alone).share
+    assert len({batch.num_positions for batch in batches}) > 1
+    whole = stage.batch // stage.micro_batches * stage.row_positions
+    assert {share.rows(batch) for batch in batches} == {whole}
+    assert {batch.plan.mask.seq_lengths for batch in batches} == {(whole, whole)}
 
 
 def test_a_stage_starts_from_the_weights_of_the_one_before(finished):

@@ -156,6 +156,26 @@ def test_gradients_equal_autograd_without_the_fast_gathers(monkeypatch: pytest.M
         torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("time_injection", ["add", "token"])
+def test_a_batch_padded_to_whole_rows_has_the_losses_and_gradients_of_the_bare_one(time_injection: str) -> None:
+    """As for kernels that are compiled for a length; a dropped caption then changes no shape either."""
+
+    def outcome(samples: Sequence[Sequence[Stretch]], multiple: int) -> tuple[list[torch.Tensor], int]:
+        network, batch = model(CONFIG.model_copy(update={"time_injection": time_injection})), packed(samples)
+        network.share.multiple = multiple
+        losses, velocity = network(batch)
+        (losses.square().sum() + velocity.double().square().sum()).backward()
+        return [losses, velocity, *(p.grad for p in network.parameters())], network.share.rows(batch)
+
+    bare, positions = outcome(MIXED, 1)
+    padded, rows = outcome(MIXED, 64)
+    assert (positions % 64 > 0, rows % 64) == (True, 0)
+    for mine, plain in zip(padded, bare, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-6, atol=1e-9)
+    dropped = [[("latent", 4), ("text", 6)], *MIXED[1:]]
+    assert outcome(dropped, 64)[1] == rows
+
+
 def test_fresh_flow_head_predicts_zero() -> None:
     _, velocity = Transfusion(CONFIG, VOCABULARY, LATENT, FEATURE)(packed(MIXED))
     assert velocity.dtype == torch.float32

@@ -1,11 +1,13 @@
 """Which positions of a batch a rank works on, where several ranks work on one batch.
 
-The positions are padded to a multiple of the ranks and cut into as many consecutive *regions* as Ulysses has ranks. All
-tensor-parallel ranks see their region in attention, in the MLP and in the heads; under sequence parallelism each holds
-a *slice* of it between the layers, on which it computes the norms and the ways in of the images.
+The positions are padded to a multiple of the ranks (and of `Share.multiple`) and cut into as many consecutive *regions*
+as Ulysses has ranks. All tensor-parallel ranks see their region in attention, in the MLP and in the heads; under
+sequence parallelism each holds a *slice* of it between the layers, on which it computes the norms and the ways in of
+the images.
 Shapes as in `segments.py`; n positions of a slice.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -26,6 +28,7 @@ class Share:
         self._mesh = mesh
         self._slices = mesh.tp.size if mesh.layout.sequence_parallel else 1
         self.flex = False  # attend by FlexAttention
+        self.multiple = 1  # of positions: what is compiled for a length sees few of them
 
     @property
     def layout(self) -> Layout:
@@ -56,7 +59,7 @@ class Share:
 
     def plan(self, segments: list[Segment], dtype: torch.dtype) -> Plan:
         """How a batch of these segments attends, for queries of `dtype`; made on the CPU, where the batch is made."""
-        padding = -sum(segment.length for segment in segments) % self._mesh.layout.sequence_cut
+        padding = -sum(segment.length for segment in segments) % self._unit
         if padding:
             segments = [*segments, Segment(segments[-1].sample + 1, "causal", padding)]
         if not self.flex:
@@ -82,8 +85,12 @@ class Share:
         return gather_positions(hidden, self._mesh) if self._slices > 1 else hidden
 
     def _padded(self, batch: PackedBatch) -> int:
-        cut = self._mesh.layout.sequence_cut
-        return -(-batch.num_positions // cut) * cut
+        return -(-batch.num_positions // self._unit) * self._unit
+
+    @property
+    def _unit(self) -> int:
+        """What the padded positions are a multiple of."""
+        return math.lcm(self._mesh.layout.sequence_cut, self.multiple)
 
 
 def within(batch: PackedBatch, number: int, length: int) -> PackedBatch:
@@ -95,6 +102,9 @@ def within(batch: PackedBatch, number: int, length: int) -> PackedBatch:
     if (begin, end) == (0, batch.num_positions):
         return batch
     rope = batch.rope_positions[begin:end]
+    rope = torch.cat([rope, rope.new_zeros(length - rope.shape[0], *rope.shape[1:])])
+    if begin == 0 and end > batch.num_positions:  # nothing but padding is added
+        return replace(batch, rope_positions=rope)
     indices = (batch.token_index, batch.label_index, batch.latent_index, batch.feature_index, batch.time_index)
     here = torch.cat(indices).cpu()  # how many lie inside must be known: one wait for a GPU, not one for each
     here = (here >= begin) & (here < end)
@@ -108,7 +118,7 @@ def within(batch: PackedBatch, number: int, length: int) -> PackedBatch:
     flow = rank[batch.flow_index]
     return replace(
         batch,
-        rope_positions=torch.cat([rope, rope.new_zeros(length - rope.shape[0], *rope.shape[1:])]),
+        rope_positions=rope,
         token_ids=batch.token_ids[token],
         token_index=batch.token_index[token] - begin,
         label_index=batch.label_index[label] - begin,

@@ -70,6 +70,7 @@ class PriorTask(Task[PackedBatch]):
     def build(self, mesh: Mesh) -> nn.Module:
         module = self.outline(mesh, part_of(self.config.prior, *self.sizes, mesh))
         use(module, choose(self.config.kernels, cuda=mesh.device.type == "cuda"))
+        self._attend_by(module.share, mesh)
         module.train_only("connector" if self.stage.trainable == "connector" else "all")
         if module.part.last:
             module.backbone.lm_head.z_loss = self.stage.z_loss
@@ -99,7 +100,7 @@ class PriorTask(Task[PackedBatch]):
     def loader(self, mesh: Mesh) -> StepLoader[PackedBatch]:
         expected: dict[str, str] = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
         share = Share(mesh)
-        share.flex = choose(self.config.kernels, cuda=mesh.device.type == "cuda").flex_attention
+        self._attend_by(share, mesh)
         return PriorLoader(
             self.config,
             self.stage,
@@ -110,6 +111,15 @@ class PriorTask(Task[PackedBatch]):
             expect_fingerprint=expected,
             plan=partial(self.plan, share),
         )
+
+    def _attend_by(self, share: Share, mesh: Mesh) -> None:
+        """FlexAttention where it is chosen. Its kernels are compiled for a length, so batches are padded to whole rows.
+
+        Dropped conditions make rows shorter, too. A query stage does not attend over rows of this length.
+        """
+        share.flex = choose(self.config.kernels, cuda=mesh.device.type == "cuda").flex_attention
+        if share.flex and not self.stage.query.enabled:
+            share.multiple = self.stage.row_positions
 
     def plan(self, share: Share, segments: list[Segment]) -> Plan:
         """How a batch attends, prepared where it is made: masks of float32 serve bfloat16 queries as well."""
