@@ -61,7 +61,7 @@ quickstart: install
 	@date +%s > .venv/started
 	$(call pipeline,recipes/quickstart.yaml,runs/quickstart)
 ifneq ($(wildcard $(SHIPPED)/model_index.json),)
-	$(call phase,the same prompts from the shipped laptop model,$(BIN)/unicom sample $(SHIPPED) "red apple" "cat face" "blue heart" "rocket" --out runs/quickstart/pictures-of-the-laptop-model --skip-done)
+	$(call phase,the same prompts from the shipped laptop model,$(BIN)/unicom sample $(SHIPPED) "smiling face" "flag: Japan" "woman standing" "blue square" "red heart" "cat face" "stop button" "pizza" --out runs/quickstart/pictures-of-the-laptop-model --skip-done)
 endif
 	@echo "== quickstart: $$(( $$(date +%s) - $$(cat .venv/started) )) s; open runs/quickstart/report.html"
 

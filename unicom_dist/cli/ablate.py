@@ -21,7 +21,7 @@ def codec(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command("pathway")
 def pathway(recipe: Recipe, overrides: Overrides = None) -> None:
-    """One transformer against queries of a frozen one, compressed latents against all channels: who learns faster."""
+    """Pathway I against II, compressed latents against all channels. Finished trainings are skipped."""
     loaded = load(recipe, overrides)
 
     from pipelines import latents
