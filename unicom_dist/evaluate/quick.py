@@ -168,14 +168,18 @@ def _prompts(
             untrained = gallery.judge(draw(fresh, chosen, in_one_step(config)), captions)
             rebuilt = gallery.judge(reconstruct(pipeline, chosen, config), captions)
             rows += prompt_rows(gallery, split, drawn, untrained, mean, rebuilt)
-            _save_prompts(drawn, grids / f"{split.replace(' ', '-')}.png", len(gallery.prototypes.captions))
+            _save_prompts(drawn, chosen, grids / f"{split.replace(' ', '-')}.png", len(gallery.prototypes.captions))
     return rows
 
 
-def _save_prompts(drawn: Drawn, path: Path, prototypes: int) -> None:
-    labels = [f"{text} (#{rank + 1})" for text, rank in zip(drawn.prompts, drawn.ranks.tolist(), strict=True)]
-    title = f"in brackets: place of the prompt's own picture among {prototypes}, by likeness to what was drawn"
-    picture_grid(drawn.pictures[:SHOWN], labels[:SHOWN], 8, 128, title=title).save(path)
+def _save_prompts(drawn: Drawn, pairs: list[Pair], path: Path, prototypes: int) -> None:
+    """Each drawn picture beside the real one of its caption."""
+    pictures, labels = [], []
+    for pair, picture, rank in list(zip(pairs, drawn.pictures, drawn.ranks.tolist(), strict=True))[:SHOWN]:
+        pictures += [picture, pair.picture]
+        labels += [f"{pair.caption} (#{rank + 1})", "real"]
+    title = f"drawn, real; in brackets: place of the real picture among {prototypes}, by likeness to what was drawn"
+    picture_grid(pictures, labels, 8, 128, title=title).save(path)
 
 
 def _edits(config: Config, pipeline: UniComPipeline, networks: Networks, encoder: str, grids: Path) -> list[Row]:
