@@ -70,9 +70,17 @@ def test_nothing_is_said_of_the_steps_to_a_level_that_was_never_left():
     assert "steps until" not in str(claims_of(arms, tables, flow)[1].findings)
 
 
-@pytest.mark.parametrize(("level", "step"), [(0.5, 0), (0.55, 50), (0.6, 100), (0.7, 150), (0.8, 200), (0.9, 200)])
+@pytest.mark.parametrize(("level", "step"), [(0.5, 0), (0.55, 50), (0.6, 100), (0.7, 150), (0.8, 200)])
 def test_the_step_at_which_a_curve_reaches_a_level(level, step):
     assert steps_to([(100, 0.6), (200, 0.8)], level) == pytest.approx(step)
+
+
+def test_a_level_that_is_never_reached_has_no_step():
+    assert steps_to([(100, 0.6), (200, 0.8)], 0.9) is None
+    arms, tables, flow = made_up()
+    for table in tables["transfusion-64"].values():
+        table[200] = table[200] - 0.15
+    assert "steps until" not in str(claims_of(arms, tables, flow)[1].findings)
 
 
 def test_the_page_shows_verdicts_and_figures(tmp_path):

@@ -58,7 +58,7 @@ def _flow(left: Arm, right: Arm, flow: Mapping[str, Sequence[Points]]) -> Iterat
 def _steps_saved(left: Arm, right: Arm, tables: Mapping[str, Tables]) -> Iterator[Finding]:
     """How much earlier than at its end `left` draws training captions as well as `right` does there, seed by seed.
 
-    Nothing where `right` has not learned anything by then.
+    Nothing where `right` has not learned anything by then, or `left` does not come that far.
     """
     mine, other = tables[left.name][TRAINED_ON], tables[right.name][TRAINED_ON]
     end = max(other)
@@ -66,16 +66,19 @@ def _steps_saved(left: Arm, right: Arm, tables: Mapping[str, Tables]) -> Iterato
     if min(levels) <= CHANCE:
         return
     curves = [[(step, float(values[seed].mean())) for step, values in mine.items()] for seed in range(len(levels))]
-    saved = [[steps_to(curve, level) - end] for curve, level in zip(curves, levels, strict=True)]
+    reached = [steps_to(curve, level) for curve, level in zip(curves, levels, strict=True)]
+    saved = [[step - end] for step in reached if step is not None]
+    if len(saved) < len(reached):
+        return
     metric = f"steps until training captions are drawn as well as at step {end}"
     yield Finding(left.label, right.label, metric, "steps", over_seeds_and_pictures(saved), "below")
 
 
-def steps_to(curve: Points, level: float) -> float:
-    """The step at which a curve, which is at CHANCE before its first, reaches `level`; its last if it never does."""
+def steps_to(curve: Points, level: float) -> float | None:
+    """The step at which a curve, which is at CHANCE before its first, reaches `level`; None if it never does."""
     before, reached = 0, CHANCE
     for step, value in curve:
         if value >= level:
             return before + (step - before) * max(0.0, level - reached) / (value - reached)
         before, reached = step, value
-    return float(before)
+    return None
