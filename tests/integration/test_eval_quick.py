@@ -62,7 +62,7 @@ def test_every_figure_of_the_suite_is_there_with_its_baselines(result):
     expected += [("flow loss", f"heldout, {stage}") for stage in ("alignment", "pretrain", "continue", "sft")]
     expected += [(f"flow loss, t = {t}", "heldout, sft") for t in (0.3, 0.7)]
     expected += [("caption loss (nats/token)", "heldout, sft")]
-    judged = ("accuracy, top 1", "accuracy, top 5", "retrieval")
+    judged = ("accuracy, top 1", "accuracy, top 5", "retrieval", "kind")
     expected += [(f"prompt {name}", f"{split} prompts") for name in judged for split in ("heldout", "train")]
     for key in expected:
         row = found.pop(key)

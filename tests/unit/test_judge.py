@@ -1,9 +1,30 @@
 """Nearest-prototype judge. One process, milliseconds."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from unicom_dist.evaluate.generation import Gallery, kinds_of
+from unicom_dist.evaluate.heldout import Pair
 from unicom_dist.evaluate.judge import build_prototypes, correct_within
+
+
+def pair(caption: str, colour: tuple[int, int, int], *further: str) -> Pair:
+    return Pair(caption, caption, further, Image.new("RGB", (8, 8), colour), (1, 1), lambda: np.zeros((1, 1)))
+
+
+def colours(pictures):
+    return torch.tensor([picture.resize((1, 1)).getpixel((0, 0)) for picture in pictures]).float()
+
+
+PAIRS = [
+    pair("cherry", (255, 0, 0), "fruit", "red"),
+    pair("brick", (200, 20, 0), "red"),
+    pair("sky", (0, 0, 255), "blue"),
+    pair("jeans", (20, 0, 200), "clothing", "blue"),
+    pair("fog", (128, 128, 128)),
+]
 
 
 def test_every_real_picture_is_nearest_to_its_own_prototype():
@@ -59,3 +80,25 @@ def test_unknown_and_single_captions_are_refused():
         build_prototypes(torch.eye(2), ["a", "a"])
     with pytest.raises(KeyError):
         build_prototypes(torch.eye(2), ["a", "b"]).ranks(torch.eye(2)[:1], ["c"])
+
+
+def test_the_kind_of_a_picture_is_the_text_that_most_pictures_share():
+    assert kinds_of(PAIRS) == {0: "red", 1: "red", 2: "blue", 3: "blue"}
+    alike = [*PAIRS, *(pair(f"cloud {n}", (9, 9, 9)) for n in range(200))]
+    assert kinds_of(alike) == {}  # two of two hundred are no kind
+
+
+def test_a_drawn_picture_may_be_of_the_right_kind_though_not_the_right_one():
+    gallery = Gallery(colours, PAIRS)
+    assert gallery.kinds is not None
+    assert gallery.kinds.captions == ["blue", "red"]
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ((230, 0, 10), (0, 10, 230)))
+    drawn = gallery.judge([red, red, blue, red], ["cherry", "brick", "jeans", "fog"])
+    assert drawn.kind_ranks.tolist() == [0, 0, 0]  # fog has none
+    assert gallery.judge([blue, red], ["cherry", "sky"]).kind_ranks.tolist() == [1, 1]
+
+
+def test_without_further_texts_there_are_no_kinds():
+    gallery = Gallery(colours, [pair("a", (255, 0, 0)), pair("b", (0, 0, 255))])
+    assert gallery.kinds is None
+    assert gallery.judge([PAIRS[0].picture], ["a"]).kind_ranks.tolist() == []

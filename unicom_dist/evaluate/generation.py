@@ -2,9 +2,11 @@
 
 Prototypes are the pictures of training and held-out set, at the size the model draws. Prompts are captions of both
 sets; those of the held-out set were never trained on. The codec's reconstructions of the real pictures are judged as
-well: what the judge makes of them bounds what a perfect prior could reach.
+well: what the judge makes of them bounds what a perfect prior could reach. Where pictures have keywords, those that
+many share are kinds with a prototype each, and a drawn picture can at least be of the right kind.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +27,11 @@ from unicom_dist.sample.loading import LoadedPrior
 from unicom_dist.sample.pipeline import UniComPipeline
 
 TOP = (1, 5)
+KIND_SHARE = 0.02  # of the pictures: a keyword that so many have is a kind
 NOTE = (
     "Prompt accuracy: share of pictures whose caption's prototype is the nearest, or among the nearest five, of all; "
-    "prompt retrieval: share of the other prototypes that are farther than it. "
+    "prompt retrieval: share of the other prototypes that are farther than it; "
+    "prompt kind: share of pictures nearest to the mean picture of their caption's kind. "
     "Judged by ResNet50, which is neither encoder nor loss network."
 )
 
@@ -58,25 +62,48 @@ def resnet_judge(folder: str, image_px: int, device: torch.device | str = "cpu",
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures for prompts, and how many prototypes are nearer than the prompt's own (0 = right)."""
+    """Pictures for prompts, and how many prototypes are nearer than the prompt's own (0 = right).
+
+    `kind_ranks`: the same for the prototypes of kinds, of the prompts that have one.
+    """
 
     prompts: list[str]
     pictures: list[Image.Image]
     ranks: Tensor
+    kind_ranks: Tensor
 
 
 class Gallery:
-    """The judge with the prototypes of all known pictures."""
+    """The judge with the prototypes of all known pictures, and of their kinds where there are some."""
 
     def __init__(self, embed: Embed, pairs: Sequence[Pair]) -> None:
         self._embed = embed
-        captions = [pair.caption for pair in pairs]
-        self.prototypes: Prototypes = build_prototypes(embed([pair.picture for pair in pairs]), captions)
+        features = embed([pair.picture for pair in pairs])
+        self.prototypes: Prototypes = build_prototypes(features, [pair.caption for pair in pairs])
+        kinds = kinds_of(pairs)
+        self._kinds = {pairs[number].caption: kind for number, kind in kinds.items()}
+        several = len(set(kinds.values())) > 1
+        self.kinds = build_prototypes(features[list(kinds)], list(kinds.values())) if several else None
 
     def judge(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Drawn:
-        """Rank every picture's caption among the prototypes."""
-        ranks = self.prototypes.ranks(self._embed(pictures), captions)
-        return Drawn(list(captions), list(pictures), ranks)
+        """Rank every picture's caption among the prototypes, and its kind among the kinds."""
+        features = self._embed(pictures)
+        of_kind = [number for number, caption in enumerate(captions) if self.kinds and caption in self._kinds]
+        kind_ranks = torch.empty(0, dtype=torch.int64)
+        if self.kinds and of_kind:
+            kind_ranks = self.kinds.ranks(features[of_kind], [self._kinds[captions[number]] for number in of_kind])
+        return Drawn(list(captions), list(pictures), self.prototypes.ranks(features, captions), kind_ranks)
+
+
+def kinds_of(pairs: Sequence[Pair]) -> dict[int, str]:
+    """By number of the pair, the commonest of its further texts, if at least KIND_SHARE of the pairs have it."""
+    counts = Counter(text for pair in pairs for text in set(pair.further))
+    kinds = {}
+    for number, pair in enumerate(pairs):
+        commonest = max(pair.further, key=lambda text: (counts[text], text), default="")
+        if counts[commonest] >= max(2, KIND_SHARE * len(pairs)):
+            kinds[number] = commonest
+    return kinds
 
 
 def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> list[Image.Image]:
@@ -127,10 +154,16 @@ def prompt_rows(
     ]
     scores.append(("retrieval", gallery.prototypes.farther, 0.5))
     prompts, judge = [], []
-    for name, score, chance in scores:
-        values, own = score(drawn.ranks).tolist(), score(rebuilt.ranks).tolist()
-        fresh, blind = float(score(untrained.ranks).mean()), float(score(constant.ranks).mean())
-        trivial = ("mean image", blind) if blind > chance else ("chance", chance)
-        prompts.append(measure(f"prompt {name}", split, values, "higher", None, fresh, trivial, NOTE))
+
+    def add(name: str, score: Callable[[Tensor], Tensor], chance: float, ranks: Callable[[Drawn], Tensor]) -> None:
+        values, own, fresh, blind = (score(ranks(one)).tolist() for one in (drawn, rebuilt, untrained, constant))
+        mean = sum(blind) / len(blind)
+        trivial = ("mean image", mean) if mean > chance else ("chance", chance)
+        prompts.append(measure(f"prompt {name}", split, values, "higher", None, sum(fresh) / len(fresh), trivial, NOTE))
         judge.append(measure(f"judge on reconstructions, {name}", split, own, "higher", trivial=("chance", chance)))
+
+    for name, score, chance in scores:
+        add(name, score, chance, lambda one: one.ranks)
+    if gallery.kinds and len(drawn.kind_ranks):
+        add("kind", partial(correct_within, k=1), gallery.kinds.chance, lambda one: one.kind_ranks)
     return prompts + judge

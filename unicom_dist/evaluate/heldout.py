@@ -35,10 +35,11 @@ LATENT = "latent"
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture as the decoder would have to draw it, and its caption. Features are read when asked for."""
+    """A picture as the decoder would have to draw it, and its texts. Features are read when asked for."""
 
     key: str
     caption: str
+    further: tuple[str, ...]  # texts beside the caption
     picture: Image.Image
     grid: tuple[int, int]  # of the features
     read_features: Callable[[], NDArray[np.float32]]
@@ -76,7 +77,8 @@ def read_pair(pairs: ShardSet, number: int, kind: str, buckets: Buckets) -> Pair
     picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     grid = grid_of(sample, kind, "features.npy")
     read = functools.partial(_features, pairs, number, kind)
-    return Pair(sample.key, captions_of(sample).main, picture, grid, read)
+    captions = captions_of(sample)
+    return Pair(sample.key, captions.main, tuple(captions.further), picture, grid, read)
 
 
 def _features(pairs: ShardSet, number: int, kind: str) -> NDArray[np.float32]:
