@@ -75,42 +75,52 @@ def test_a_rank_that_does_not_get_on_ends_the_run_and_every_rank_says_where_it_w
         assert "rank 0 was at: sum of the losses over all ranks; rank 1 was at: optimizer step" in out
 
 
-def test_a_watchdog_that_is_fed_sleeps(monkeypatch):
-    monkeypatch.setattr("unicom_dist.train.watchdog.LOOK_S", 0.01)
-    ended = []
-    with Watchdog(0.2, ended.append) as dog:
-        for _ in range(10):
-            with dog.watching():
-                time.sleep(0.05)
-        time.sleep(0.3)  # between steps nothing is expected
-    assert not ended
+@pytest.fixture
+def left(monkeypatch):
+    """The statuses with which watchdogs would have ended this process; each ends its own thread instead."""
+    statuses: list[int] = []
 
+    def leave(status: int) -> None:
+        statuses.append(status)
+        raise SystemExit
 
-def test_a_watchdog_that_hears_of_another_ranks_hang_ends_its_rank_at_once(monkeypatch):
     monkeypatch.setattr("unicom_dist.train.watchdog.LOOK_S", 0.01)
     monkeypatch.setattr("unicom_dist.train.watchdog.LINGER_S", 0.0)
-    left: list[int] = []
-    monkeypatch.setattr("os._exit", left.append)
+    monkeypatch.setattr("os._exit", leave)
+    return statuses
+
+
+def wait_for(statuses: list[int]) -> list[int]:
+    deadline = time.monotonic() + 60
+    while not statuses and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return statuses
+
+
+def test_a_watchdog_that_is_fed_sleeps(left):
+    with Watchdog(2.0) as dog:
+        for _ in range(30):
+            with dog.watching():
+                time.sleep(0.05)
+        time.sleep(2.1)  # between steps nothing is expected
+    assert not left
+
+
+def test_a_watchdog_that_hears_of_another_ranks_hang_ends_its_rank_at_once(left):
     said, elsewhere = [], threading.Event()
-    with Watchdog(100, said.append, elsewhere) as dog:
+    with Watchdog(1000, said.append, elsewhere) as dog:
         dog.doing("writing a", "checkpoint")
         time.sleep(0.1)
         assert not left
         elsewhere.set()
-        time.sleep(0.2)
-    assert set(left) == {7}
+        assert wait_for(left) == [7]
     assert "was at: writing a checkpoint" in said[0].why
 
 
-def test_the_first_step_may_take_longer(monkeypatch):
-    monkeypatch.setattr("unicom_dist.train.watchdog.LOOK_S", 0.01)
-    monkeypatch.setattr("unicom_dist.train.watchdog.LINGER_S", 0.0)
-    left: list[int] = []
-    monkeypatch.setattr("os._exit", left.append)
-    with Watchdog(0.2) as dog:
+def test_the_first_step_may_take_longer(left):
+    with Watchdog(1.0) as dog:
         with dog.watching(first=True):
-            time.sleep(0.4)
+            time.sleep(1.5)
         assert not left
         with dog.watching():
-            time.sleep(0.4)
-    assert set(left) == {7}
+            assert wait_for(left) == [7]
