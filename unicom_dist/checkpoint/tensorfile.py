@@ -11,7 +11,7 @@ Ref: https://github.com/huggingface/safetensors (format section).
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +29,7 @@ _ENTRY_BYTES = 224  # of the header, beside the name: eight dimensions and two o
 _BLOCK_BYTES = 1 << 20  # read at a time where only parts of rows are wanted
 DIGESTS = "xxh3_64"  # key of the metadata: one after the other, the digests of every ...
 DIGEST_OF = 1 << 17  # ... so many bytes of data: the least that is read where a cut wants less
+WRITE_OF = 1 << 22  # bytes at a time: smaller writes take longer, larger ones leave the cache between digest and write
 _DIGITS = 16  # of a digest, hexadecimal
 
 
@@ -60,7 +61,10 @@ class TensorWriter:
         if tensor.numel():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            for part in self._digests.of(data) if self._digests else [data]:
+            for begin in range(0, len(data), WRITE_OF):
+                part = data[begin : begin + WRITE_OF]
+                if self._digests:
+                    self._digests.update(part)
                 self._file.write(part)  # while it is in the processor's cache
 
     def __enter__(self) -> Self:
@@ -89,8 +93,8 @@ class _Digests:
         self._hash, self._left = xxh3_64(), DIGEST_OF
         self._found: list[str] = []
 
-    def of(self, data: memoryview) -> Iterator[memoryview]:
-        """`data` in parts, each already taken account of."""
+    def update(self, data: memoryview) -> None:
+        """Take account of `data`, which comes next."""
         while data:
             part, data = data[: self._left], data[self._left :]
             self._hash.update(part)
@@ -98,7 +102,6 @@ class _Digests:
             if not self._left:
                 self._found.append(self._hash.hexdigest())
                 self._hash, self._left = xxh3_64(), DIGEST_OF
-            yield part
 
     def text(self) -> str:
         """All of them, the last of what is left over."""
