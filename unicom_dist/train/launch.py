@@ -24,6 +24,7 @@ from unicom_dist.config.errors import HangError, Preempted, PreflightError, Unic
 from unicom_dist.config.schema import Config
 
 STACK_SIGNAL = signal.SIGUSR2  # makes a rank write its stacks to its log, whatever it is stuck in
+STACK_S = 1.0  # it has for that
 ANSWER_S = 6.0  # from the first rank that found a hang to the end of all that can still say where they are
 REMIND_S = 2.0  # between repetitions of a request to stop
 GRACE_S = 3.0  # between asking the surviving ranks to end and killing them
@@ -156,6 +157,9 @@ def _watch(ranks: list[subprocess.Popen[bytes]], run_dir: Path, asked: list[int]
         if hung or any(code not in (None, 0, Preempted.exit_code) for code in codes):
             time.sleep(0.2)  # the others often fail in consequence: look once more before naming the cause
             codes = [process.poll() for process in ranks]
+            if HangError.exit_code in codes and not hung:
+                _ask_for_stacks(ranks, STACK_S)
+                codes = [process.poll() for process in ranks]
             _end(ranks)
             if asked and all(
                 code in (None, 0, Preempted.exit_code, -signal.SIGTERM, -signal.SIGKILL) for code in codes
@@ -187,7 +191,7 @@ def _by_watchdog(record: dict[str, Any]) -> bool:
 
 
 def _ask_where(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Have all ranks say where they are and end; one that was stopped is woken up for it.
+    """Have all ranks say where they are and end.
 
     The line reaches their watchdogs. A rank that holds Python's lock has none that could answer: the signal gets its
     stacks.
@@ -197,9 +201,16 @@ def _ask_where(ranks: list[subprocess.Popen[bytes]]) -> None:
             with suppress(BrokenPipeError):
                 _stdin(process).write(b"a rank hangs\n")
                 _stdin(process).flush()
+    _ask_for_stacks(ranks, ANSWER_S)
+
+
+def _ask_for_stacks(ranks: list[subprocess.Popen[bytes]], wait_s: float) -> None:
+    """Have the ranks that are still there write their stacks; one that was stopped is woken up for it."""
+    for process in ranks:
+        if process.poll() is None:
             process.send_signal(STACK_SIGNAL)
             process.send_signal(signal.SIGCONT)
-    deadline = time.monotonic() + ANSWER_S
+    deadline = time.monotonic() + wait_s
     while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
 
