@@ -82,13 +82,12 @@ class Gallery:
         self.prototypes: Prototypes = build_prototypes(features, [pair.caption for pair in pairs])
         kinds = kinds_of(pairs)
         self._kinds = {pairs[number].caption: kind for number, kind in kinds.items()}
-        several = len(set(kinds.values())) > 1
-        self.kinds = build_prototypes(features[list(kinds)], list(kinds.values())) if several else None
+        self.kinds = build_prototypes(features[list(kinds)], list(kinds.values())) if kinds else None
 
     def judge(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Drawn:
         """Rank every picture's caption among the prototypes, and its kind among the kinds."""
         features = self._embed(pictures)
-        of_kind = [number for number, caption in enumerate(captions) if self.kinds and caption in self._kinds]
+        of_kind = [number for number, caption in enumerate(captions) if caption in self._kinds]
         kind_ranks = torch.empty(0, dtype=torch.int64)
         if self.kinds and of_kind:
             kind_ranks = self.kinds.ranks(features[of_kind], [self._kinds[captions[number]] for number in of_kind])
@@ -96,14 +95,17 @@ class Gallery:
 
 
 def kinds_of(pairs: Sequence[Pair]) -> dict[int, str]:
-    """By number of the pair, the commonest of its further texts, if at least KIND_SHARE of the pairs have it."""
+    """By number of the pair, the commonest of its further texts, if at least KIND_SHARE of the pairs have it.
+
+    Empty where all would be of one kind.
+    """
     counts = Counter(text for pair in pairs for text in set(pair.further))
     kinds = {}
     for number, pair in enumerate(pairs):
         commonest = max(pair.further, key=lambda text: (counts[text], text), default="")
         if counts[commonest] >= max(2, KIND_SHARE * len(pairs)):
             kinds[number] = commonest
-    return kinds
+    return kinds if len(set(kinds.values())) > 1 else {}
 
 
 def draw(pipeline: UniComPipeline, pairs: Sequence[Pair], config: Config) -> list[Image.Image]:
@@ -149,21 +151,21 @@ def prompt_rows(
 ) -> list[Row]:
     """Accuracy and retrieval of drawn pictures, and the judge's own on the codec's reconstructions of the real ones."""
     constant = gallery.judge([mean] * len(drawn.prompts), drawn.prompts)
-    scores: list[tuple[str, Callable[[Tensor], Tensor], float]] = [
-        (f"accuracy, top {k}", partial(correct_within, k=k), min(1.0, k * gallery.prototypes.chance)) for k in TOP
+    scores: list[tuple[str, Callable[[Drawn], Tensor], float]] = [
+        (f"accuracy, top {k}", partial(_within, k=k), min(1.0, k * gallery.prototypes.chance)) for k in TOP
     ]
-    scores.append(("retrieval", gallery.prototypes.farther, 0.5))
-    prompts, judge = [], []
-
-    def add(name: str, score: Callable[[Tensor], Tensor], chance: float, ranks: Callable[[Drawn], Tensor]) -> None:
-        values, own, fresh, blind = (score(ranks(one)).tolist() for one in (drawn, rebuilt, untrained, constant))
-        mean = sum(blind) / len(blind)
-        trivial = ("mean image", mean) if mean > chance else ("chance", chance)
-        prompts.append(measure(f"prompt {name}", split, values, "higher", None, sum(fresh) / len(fresh), trivial, NOTE))
-        judge.append(measure(f"judge on reconstructions, {name}", split, own, "higher", trivial=("chance", chance)))
-
-    for name, score, chance in scores:
-        add(name, score, chance, lambda one: one.ranks)
+    scores.append(("retrieval", lambda one: gallery.prototypes.farther(one.ranks), 0.5))
     if gallery.kinds and len(drawn.kind_ranks):
-        add("kind", partial(correct_within, k=1), gallery.kinds.chance, lambda one: one.kind_ranks)
+        scores.append(("kind", lambda one: correct_within(one.kind_ranks, 1), gallery.kinds.chance))
+    prompts, judge = [], []
+    for name, score, chance in scores:
+        values, own = score(drawn).tolist(), score(rebuilt).tolist()
+        fresh, blind = float(score(untrained).mean()), float(score(constant).mean())
+        trivial = ("mean image", blind) if blind > chance else ("chance", chance)
+        prompts.append(measure(f"prompt {name}", split, values, "higher", None, fresh, trivial, NOTE))
+        judge.append(measure(f"judge on reconstructions, {name}", split, own, "higher", trivial=("chance", chance)))
     return prompts + judge
+
+
+def _within(drawn: Drawn, k: int) -> Tensor:
+    return correct_within(drawn.ranks, k)

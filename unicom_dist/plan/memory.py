@@ -11,7 +11,15 @@ from unicom_dist.config.layout import Layout
 from unicom_dist.config.schema import PriorConfig
 from unicom_dist.parallel.deepspeed_config import REDUCE_ELEMENTS
 from unicom_dist.plan.activations import Batch, asking_positions, guide_activations, in_flight, rank_layer_activations
-from unicom_dist.plan.parameters import EVERYTHING, Sizes, Trained, layer_parameters, pp_ranks, rank_parts
+from unicom_dist.plan.parameters import (
+    EVERYTHING,
+    Sizes,
+    Trained,
+    decoder_layer_parameters,
+    layer_parameters,
+    pp_ranks,
+    rank_parts,
+)
 
 CHUNK_LOGITS = 1 << 25  # of the language head, see parallel/cross_entropy.py
 
@@ -98,9 +106,8 @@ def _working_set(prior: PriorConfig, sizes: Sizes, layout: Layout, trained: Trai
     table = -(-sizes.vocabulary // layout.tp) * prior.hidden if at_an_end else 0
     largest = layer_parameters(prior, layout.tp)
     if trained.query is not None:
-        w = trained.query.decoder_width
-        connector, decoder = layer_parameters(prior.of_width(prior.hidden)), layer_parameters(prior.of_width(w))
-        largest = max(largest, connector, decoder + (w + 1) * 6 * w)
+        connector = layer_parameters(prior.of_width(prior.hidden))
+        largest = max(largest, connector, decoder_layer_parameters(prior, trained.query))
     return max(2 * largest, table)
 
 

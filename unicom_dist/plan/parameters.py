@@ -78,18 +78,23 @@ def exit_parameters(prior: PriorConfig, sizes: Sizes, own_head: bool, tp: int = 
     return {"backbone": h + _rows(sizes, tp) * h * own_head, "flow_head": _flow_head(h, sizes)}
 
 
+def decoder_layer_parameters(prior: PriorConfig, query: QueryConfig) -> int:
+    """Of a layer of a guide's flow decoder: with shifts, scales and gates."""
+    w = query.decoder_width
+    return layer_parameters(prior.of_width(w)) + (w + 1) * 6 * w
+
+
 def guide_parameters(prior: PriorConfig, sizes: Sizes, query: QueryConfig | None) -> dict[str, int]:
     """By part: queries, connector, flow decoder. Empty without a query."""
     if query is None:
         return {}
     h, w = prior.hidden, query.decoder_width
     connector = query.connector_layers * layer_parameters(prior.of_width(h))
-    layer = layer_parameters(prior.of_width(w)) + (w + 1) * 6 * w  # with shifts, scales and gates
     ends = (sizes.latent_channels + 1) * w + _time(w) + _flow_head(w, sizes)
     return {
         "guide.queries": query.queries * h,
         "guide.connector": connector + (h + 1) * w + (w + 1) * w + w,
-        "guide.decoder": query.decoder_layers * layer + ends,
+        "guide.decoder": query.decoder_layers * decoder_layer_parameters(prior, query) + ends,
     }
 
 

@@ -34,7 +34,7 @@ from unicom_dist.models.share import Share
 from unicom_dist.models.transfusion import Transfusion, initial_weight
 from unicom_dist.objective.breakdown import kinds_of
 from unicom_dist.objective.terms import LossTerm, prior_counts, prior_terms
-from unicom_dist.parallel.kernels import choose
+from unicom_dist.parallel.kernels import Kernels, choose
 from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.parallel.pipeline.channels import Boundary
 from unicom_dist.parallel.pipeline.split import by_rank, estimate, split
@@ -69,8 +69,9 @@ class PriorTask(Task[PackedBatch]):
 
     def build(self, mesh: Mesh) -> nn.Module:
         module = self.outline(mesh, part_of(self.config.prior, *self.sizes, mesh))
-        use(module, choose(self.config.kernels, cuda=mesh.device.type == "cuda"))
-        self._attend_by(module.share, mesh)
+        kernels = choose(self.config.kernels, cuda=mesh.device.type == "cuda")
+        use(module, kernels)
+        self._attend_by(module.share, kernels)
         module.train_only("connector" if self.stage.trainable == "connector" else "all")
         if module.part.last:
             module.backbone.lm_head.z_loss = self.stage.z_loss
@@ -100,7 +101,7 @@ class PriorTask(Task[PackedBatch]):
     def loader(self, mesh: Mesh) -> StepLoader[PackedBatch]:
         expected: dict[str, str] = {self.config.encoder.kind: encoder_fingerprint(self.config.encoder)}
         share = Share(mesh)
-        self._attend_by(share, mesh)
+        self._attend_by(share, choose(self.config.kernels, cuda=mesh.device.type == "cuda"))
         return PriorLoader(
             self.config,
             self.stage,
@@ -112,12 +113,12 @@ class PriorTask(Task[PackedBatch]):
             plan=partial(self.plan, share),
         )
 
-    def _attend_by(self, share: Share, mesh: Mesh) -> None:
+    def _attend_by(self, share: Share, kernels: Kernels) -> None:
         """FlexAttention where it is chosen. Its kernels are compiled for a length, so batches are padded to whole rows.
 
         Dropped conditions make rows shorter, too. A query stage does not attend over rows of this length.
         """
-        share.flex = choose(self.config.kernels, cuda=mesh.device.type == "cuda").flex_attention
+        share.flex = kernels.flex_attention
         if share.flex and not self.stage.query.enabled:
             share.multiple = self.stage.row_positions
 
