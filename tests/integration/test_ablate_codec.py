@@ -18,6 +18,7 @@ from unicom_dist.tracking.metrics import read_metrics
 from unicom_dist.tracking.status import read_status
 from unicom_dist.train.ablation import cells as cells_module
 from unicom_dist.train.ablation import codec
+from unicom_dist.train.ablation.frame import SHEET
 
 CHEAP = Ruler(lambda a, b: (a - b).square().flatten(1).mean(1), None, None, torch.device("cpu"))
 STEPS = 40
@@ -75,7 +76,7 @@ def test_the_result_has_every_training(finished):
     assert result["variants"][0]["parameters"] == 0
     (claim,) = result["claims"]
     assert claim["findings"][0]["sentence"] in page.read_text()
-    assert (folder / codec.SHEET).is_file()
+    assert (folder / SHEET).is_file()
     status = read_status(folder)
     assert status is not None
     assert status.state == "done"

@@ -19,6 +19,7 @@ from unicom_dist.sample.pipeline import UniComPipeline
 from unicom_dist.tracking.metrics import read_metrics
 from unicom_dist.train.ablation import cells as cells_module
 from unicom_dist.train.ablation import pathway
+from unicom_dist.train.ablation.frame import SHEET
 
 PRIOR = {"kind": "prior", "batch": 2, "row_positions": 128, "lr": 1e-3, "ema": 0.5, "precision": "float32"}
 STAGES = [
@@ -104,7 +105,7 @@ def test_the_result_has_every_training_at_every_checkpoint(finished):
     assert own["query"]["queries"] == 4
     whole = UniComPipeline.from_pretrained(folder / NAMES[1] / "seed-0").prior.model
     assert measured["parameters"] == sum(p.numel() for p in whole.guide.parameters())
-    assert (folder / pathway.SHEET).is_file()
+    assert (folder / SHEET).is_file()
 
 
 def test_every_training_is_a_stage_of_the_ablations_journal(finished):

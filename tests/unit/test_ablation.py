@@ -134,17 +134,17 @@ def test_every_cell_is_a_recipe_of_its_own(tmp_path):
     assert first.origins["seed"] == "unicom ablate"
     write_config(first.folder, first.config, first.origins)
     assert load_recipe(first.folder).config == first.config
-    check_settings(first)
-    check_settings(second)  # not begun
+    check_settings(first.config)
+    check_settings(second.config)  # not begun
     other = make_cells(
         Loaded(tiny_config(tmp_path, ablation={"seeds": 2}, seed=5, stages={"codec": {"lr": 0.5}}), {}, tmp_path),
         variants,
         [tiny_config(tmp_path, stages={"codec": {"lr": 0.5}}).stage("codec")],
     )
     with pytest.raises(ConfigError, match=r"stages\.codec\.lr = 0\.001, the recipe now says 0\.5"):
-        check_settings(other[0])
+        check_settings(other[0].config)
     observed = tiny_config(tmp_path, stages={"codec": {"log_every": 7}}).stage("codec")
-    check_settings(make_cells(Loaded(base, {}, tmp_path), variants, [observed])[0])
+    check_settings(make_cells(Loaded(base, {}, tmp_path), variants, [observed])[0].config)
 
 
 def test_a_recipe_without_a_codec_is_refused(tmp_path):

@@ -72,20 +72,28 @@ def make_cells(
     `given`: stages before those `trained` whose results every cell finds in its run directory.
     """
     base, names = loaded.config, tuple(stage.name for stage in trained)
-    values = base.model_dump(mode="json")
-    values |= {"stages": [stage.model_dump(mode="json") for stage in (*given, *trained)]}
     cells = []
     for variant in variants:
         for seed in range(base.seed, base.seed + base.ablation.seeds):
-            own = dict(variant.overrides) | {
-                "name": f"{base.name}, {variant.name}, seed {seed}",
-                "seed": seed,
-                "run_dir": str(Path(base.run_dir) / variant.name / f"seed-{seed}"),
-                "tracking.mlflow": False,  # the ablation sends all of them
-            }
-            config = load_values(values, [f"{key}={json.dumps(value)}" for key, value in own.items()]).config
-            cells.append(Cell(variant, seed, config, dict(loaded.origins) | dict.fromkeys(own, ORIGIN), names))
+            place, own = f"{variant.name}/seed-{seed}", {**variant.overrides, "seed": seed}
+            made = derived(loaded, (*given, *trained), f"{variant.name}, seed {seed}", place, own)
+            cells.append(Cell(variant, seed, made.config, made.origins, names))
     return cells
+
+
+def derived(
+    loaded: Loaded, stages: Iterable[StageConfig], name: str, folder: str, overrides: Mapping[str, Any]
+) -> Loaded:
+    """The recipe with these stages alone and these dotted keys, in `folder` of its run directory. ConfigError."""
+    base = loaded.config
+    own = dict(overrides) | {
+        "name": f"{base.name}, {name}",
+        "run_dir": str(Path(base.run_dir) / folder),
+        "tracking.mlflow": False,  # the ablation sends all of them
+    }
+    values = base.model_dump(mode="json") | {"stages": [stage.model_dump(mode="json") for stage in stages]}
+    made = load_values(values, [f"{key}={json.dumps(value)}" for key, value in own.items()])
+    return Loaded(made.config, dict(loaded.origins) | dict.fromkeys(own, ORIGIN), loaded.path)
 
 
 def train(cells: Sequence[Cell], folder: Path, say: Callable[[str], None]) -> None:
@@ -103,7 +111,7 @@ def train(cells: Sequence[Cell], folder: Path, say: Callable[[str], None]) -> No
         )
     todo = []
     for cell in cells:
-        check_settings(cell)
+        check_settings(cell.config)
         if finished(cell.config, cell.stage):
             say(f"{cell.name}: finished before, skipped")
         else:
@@ -121,15 +129,16 @@ def train(cells: Sequence[Cell], folder: Path, say: Callable[[str], None]) -> No
         write_status(cell.folder, "done", stage=cell.stage.name, step=cell.stage.steps, exit_code=0)
 
 
-def check_settings(cell: Cell) -> None:
-    """ConfigError when the cell was begun with settings that train something else than those of now."""
-    if not (cell.folder / "config.yaml").is_file():
+def check_settings(config: Config) -> None:
+    """ConfigError when its run directory was begun with settings that train something else than those of now."""
+    folder = Path(config.run_dir)
+    if not (folder / "config.yaml").is_file():
         return
-    for change in diff(load_recipe(cell.folder).config, cell.config):
+    for change in diff(load_recipe(folder).config, config):
         decisive = any(change.key == key or change.key.startswith(f"{key}.") for key in DECISIVE)
         if decisive and change.key.rpartition(".")[2] not in OBSERVING:
             raise ConfigError(
-                f"{cell.folder} was begun with {change.key} = {change.left}, the recipe now says {change.right}",
+                f"{folder} was begun with {change.key} = {change.left}, the recipe now says {change.right}",
                 "variants can be compared only when all were trained alike",
                 "choose another run_dir for the new settings, or remove that folder",
                 DOCS,

@@ -1,6 +1,5 @@
 """`unicom ablate codec`: the points of `codec_grid`, trained and measured alike, and the page about them."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,27 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unicom_dist.config.errors import ConfigError
-from unicom_dist.config.explain import write_config
 from unicom_dist.config.load import Loaded
 from unicom_dist.config.schema import Config, StageConfig
 from unicom_dist.data.pairs import feature_channels, grid_of, open_set
 from unicom_dist.evaluate.intervals import over_seeds_and_pictures
 from unicom_dist.evaluate.ruler import Ruler
-from unicom_dist.tracking.env import write_env
-from unicom_dist.tracking.mirror import start_mirror
-from unicom_dist.tracking.report.data import Stage
-from unicom_dist.tracking.report.document import write_page
-from unicom_dist.tracking.status import write_status
 from unicom_dist.train.ablation import codec_page
 from unicom_dist.train.ablation.cells import DOCS, Cell, Variant, make_cells, train
 from unicom_dist.train.ablation.codec_claims import claims_of
 from unicom_dist.train.ablation.codec_grid import Point, points_of
-from unicom_dist.train.ablation.journal import held_out, mean_curve, read_stage, record
-from unicom_dist.train.ablation.measured import Measured, strip_of
+from unicom_dist.train.ablation.frame import ablation, publish, strips_of
+from unicom_dist.train.ablation.journal import by_variant, held_out, mean_curve, read_stage, record
+from unicom_dist.train.ablation.measured import Measured
 from unicom_dist.train.ablation.reconstruction import METRICS, STRIP, measure
-from unicom_dist.train.pipeline import final_status, preflight
 
-RESULT, PAGE, SHEET = "ablation.json", "ablation.html", "samples/ablation/sheet.png"
 FLOW, PERCEPTUAL = "loss/flow", "loss/perceptual"  # held out, over the steps of a training
 
 
@@ -40,31 +32,17 @@ def run(loaded: Loaded, say: Callable[[str], None], ruler: Ruler | None = None) 
     receives a line for the user per event; `ruler`: other judging networks than the recipe's. Raises whatever ended
     it, with the status written.
     """
-    config, folder = loaded.config, Path(loaded.config.run_dir)
+    config = loaded.config
     stage = codec_stage(config)
     points = points_of(config.ablation, feature_channels(open_set(config, "train"), config.encoder.kind))
     cells = make_cells(loaded, [Variant(name, point.overrides()) for name, point in points.items()], [stage])
-    preflight(config)
-    write_config(folder, config, loaded.origins)
-    write_env(folder)
-    write_status(folder, "running")
-    start_mirror(folder, config.tracking)
-    try:
+    with ablation(loaded, stage) as folder:
         train(cells, folder, say)
         measured, originals = measure(cells, config, say, ruler)
         record(folder, cells, {cell.name: one.means() for cell, one in zip(cells, measured, strict=True)})
-        tokens = tokens_of(config, points)
-        result = summary(config, stage, points, tokens, cells, measured)
-        write_page(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        strips = {cell.variant.name: strip_of(cell.folder / STRIP) for cell in reversed(cells)}  # of the first seed
-        (folder / SHEET).parent.mkdir(parents=True, exist_ok=True)
-        codec_page.sheet(result, originals, strips).save(folder / SHEET)
-        write_page(folder / PAGE, codec_page.render(result, folder / SHEET, folder))
-    except BaseException as error:
-        final_status(config, error)
-        raise
-    write_status(folder, "done", stage=stage.name, step=stage.steps, exit_code=0)
-    return folder / PAGE
+        result = summary(config, stage, points, tokens_of(config, points), cells, measured)
+        sheet = codec_page.sheet(result, originals, strips_of(cells, STRIP))
+        return publish(folder, result, sheet, codec_page.render)
 
 
 def codec_stage(config: Config) -> StageConfig:
@@ -95,11 +73,7 @@ def summary(
     measured: Sequence[Measured],
 ) -> dict[str, Any]:
     """The content of `ablation.json`, from which the page is made."""
-    seeds: dict[str, list[Measured]] = {}
-    stages: dict[str, list[Stage]] = {}
-    for cell, one in zip(cells, measured, strict=True):
-        seeds.setdefault(cell.variant.name, []).append(one)
-        stages.setdefault(cell.variant.name, []).append(read_stage(cell))
+    seeds, stages = by_variant(cells, measured), by_variant(cells, map(read_stage, cells))
     metrics = [metric.name for metric in METRICS if all(metric.name in one.values for one in measured)]
     tables = {name: {metric: table_of(several, metric) for metric in metrics} for name, several in seeds.items()}
     curves = {

@@ -14,11 +14,23 @@ from unicom_dist.tracking.report.data import load_run
 from unicom_dist.tracking.report.document import document
 from unicom_dist.tracking.report.forest import Bar, forest
 from unicom_dist.tracking.report.html import Child, Markup, join, table, tag
-from unicom_dist.tracking.report.pictures import embed
 from unicom_dist.train.ablation.codec_claims import label, reference_width
 from unicom_dist.train.ablation.codec_grid import TABLE_4, Point, published
 from unicom_dist.train.ablation.measured import Metric
-from unicom_dist.train.ablation.page import ARROWS, STACK, WIDE, Result, interval, numbers, sentence, shade, verdicts
+from unicom_dist.train.ablation.page import (
+    ARROWS,
+    STACK,
+    WIDE,
+    Result,
+    interval,
+    lead_picture,
+    numbers,
+    sentence,
+    shade,
+    title_block,
+    trainings,
+    verdicts,
+)
 from unicom_dist.train.ablation.reconstruction import METRICS, PSNR, RFID
 
 COLORS = {"identity": "#1c2430", "attention": "#3465a4", "mlp": "#c4601d"}
@@ -53,29 +65,25 @@ def sheet(result: Result, originals: Sequence[Image.Image], strips: Mapping[str,
 
 def header(result: Result) -> Markup:
     """Title and the figures that say how large the experiment is."""
-    seeds = result["seeds"]
     facts = {
-        "trainings": f"{len(result['variants']) * len(seeds)}: {len(result['variants'])} variants × {len(seeds)} seeds",
+        "trainings": trainings(result),
         "steps": f"{result['steps']} of {result['batch']} pictures",
         "pictures": f"{result['image_px']} px",
         "encoder": result["encoder"],
         "measured on": f"{result['pictures']} held-out pictures",
         "training time": format_duration(result["training_s"]),
     }
-    items = [tag("div", tag("dt", key), tag("dd", value)) for key, value in facts.items()]
-    title = "Channels or tokens: what a codec can do without"
-    return tag("header", tag("p", "UniCom codec ablation", class_="kicker"), tag("h1", title), tag("dl", *items))
+    return title_block("UniCom codec ablation", "Channels or tokens: what a codec can do without", facts)
 
 
 def pictures(sheet: Path, result: Result) -> Markup | None:
     """The sheet, of the first seed."""
-    source = embed(sheet)
-    if source is None:
+    picture = lead_picture(sheet, "held-out pictures, one row per variant")
+    if picture is None:
         return None
-    image = tag("img", src=source, alt="held-out pictures, one row per variant", loading="lazy")
     seed = result["seeds"][0]
     note = f"Drawn by the trainings with seed {seed} from the same noise. Rows: tokens × channels per picture."
-    return join(tag("div", tag("figure", image), class_="lead"), tag("p", note))
+    return join(picture, tag("p", note))
 
 
 def equal_steps(result: Result) -> Markup:

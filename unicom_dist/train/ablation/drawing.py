@@ -90,18 +90,14 @@ def figures(
 ) -> tuple[Measured, list[Image.Image]]:
     """All figures of a training, and what its last weights draw for the held-out captions."""
     values: dict[str, list[float]] = {}
-    pictures: list[Image.Image] = []
-    trained = 0
     for step, pipeline in at_steps(cell):
+        drawn = {split: draw(pipeline, pairs, cell.config) for split, pairs in chosen.items()}
         for split, pairs in chosen.items():
-            drawn = gallery.judge(draw(pipeline, pairs, cell.config), [pair.caption for pair in pairs])
-            values[at(SPLITS[split], step)] = gallery.prototypes.farther(drawn.ranks).tolist()
-            if split == "heldout":
-                pictures = drawn.pictures
-        weights = pipeline.prior.model.named_parameters()
-        trained = sum(p.numel() for name, p in weights if not cell.stage.query.enabled or name.startswith(OWN))
-    keys = [pair.key for pair in chosen["heldout"]]
-    return Measured(keys, trained, values, identity), pictures
+            ranks = gallery.judge(drawn[split], [pair.caption for pair in pairs]).ranks
+            values[at(SPLITS[split], step)] = gallery.prototypes.farther(ranks).tolist()
+    weights = pipeline.prior.model.named_parameters()
+    trained = sum(p.numel() for name, p in weights if not cell.stage.query.enabled or name.startswith(OWN))
+    return Measured([pair.key for pair in chosen["heldout"]], trained, values, identity), drawn["heldout"]
 
 
 def at_steps(cell: Cell) -> Iterator[tuple[int, UniComPipeline]]:

@@ -5,13 +5,15 @@ with a nested run per training.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from unicom_dist.tracking.metrics import METRICS_FILE, Record, read_metrics
 from unicom_dist.tracking.report.data import Points, Stage, collect_stages
 from unicom_dist.train.ablation.cells import Cell
 
+Found = TypeVar("Found")
 KEPT = ("train", "eval", "params")
 
 
@@ -19,6 +21,14 @@ def read_stage(cell: Cell) -> Stage:
     """Curves and time of a training; empty where nothing was recorded."""
     name = cell.stage.name
     return collect_stages(read_metrics(cell.folder), [name]).get(name, Stage(name))
+
+
+def by_variant(cells: Sequence[Cell], found: Iterable[Found]) -> dict[str, list[Found]]:
+    """What was found of each cell, by its variant's name, a list of the seeds."""
+    grouped: dict[str, list[Found]] = {}
+    for cell, one in zip(cells, found, strict=True):
+        grouped.setdefault(cell.variant.name, []).append(one)
+    return grouped
 
 
 def held_out(stage: Stage, name: str) -> Points:

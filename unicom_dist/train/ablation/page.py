@@ -1,9 +1,11 @@
 """What the pages of all ablations share: verdicts with their findings, intervals in words, colours."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from unicom_dist.tracking.report.html import Child, Markup, join, table, tag
+from unicom_dist.tracking.report.pictures import embed
 from unicom_dist.train.ablation.findings import digits_of
 
 Result = Mapping[str, Any]
@@ -11,6 +13,25 @@ STYLES = {"agrees": "good", "disagrees": "poor"}
 STACK = "display: grid; gap: 14px; max-width: 860px"
 WIDE = "grid-template-columns: repeat(auto-fill, minmax(420px, 1fr))"  # of charts
 ARROWS = {"higher": "↑", "lower": "↓"}
+
+
+def title_block(kicker: str, title: str, facts: Mapping[str, Child]) -> Markup:
+    """Title and the figures that say how large the experiment is."""
+    items = [tag("div", tag("dt", key), tag("dd", value)) for key, value in facts.items()]
+    return tag("header", tag("p", kicker, class_="kicker"), tag("h1", title), tag("dl", *items))
+
+
+def trainings(result: Result) -> str:
+    """ "9: 3 variants × 3 seeds"."""
+    variants, seeds = len(result["variants"]), len(result["seeds"])
+    return f"{variants * seeds}: {variants} variants × {seeds} seeds"
+
+
+def lead_picture(sheet: Path, alt: str) -> Markup | None:
+    """The sheet, above what is said about it; None if it cannot be read."""
+    source = embed(sheet)
+    image = source and tag("img", src=source, alt=alt, loading="lazy")
+    return tag("div", tag("figure", image), class_="lead") if image else None
 
 
 def verdicts(result: Result) -> Markup:

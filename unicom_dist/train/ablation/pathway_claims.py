@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from unicom_dist.evaluate.intervals import over_seeds_and_pictures
 from unicom_dist.tracking.report.data import Points
 from unicom_dist.train.ablation.drawing import METRICS, at
-from unicom_dist.train.ablation.findings import Claim, Expected, Finding
+from unicom_dist.train.ablation.findings import Claim, Finding
 from unicom_dist.train.ablation.pathway_grid import Arm
 
 Tables = Mapping[str, Mapping[int, NDArray[np.float64]]]  # metric -> step -> values [seeds, pictures]
@@ -48,11 +48,10 @@ def _flow(left: Arm, right: Arm, flow: Mapping[str, Sequence[Points]]) -> Iterat
     """Held-out flow loss, which only priors over the same latents can be compared by, at all common steps."""
     curves = [[dict(curve) for curve in flow[arm.name]] for arm in (left, right)]
     steps = sorted(set.intersection(*(set(curve) for several in curves for curve in several)))
-    expected: Expected = "below"
     for step in reversed(steps):
         differences = [[a[step] - b[step]] for a, b in zip(*curves, strict=True)]
         difference = over_seeds_and_pictures(differences)
-        yield Finding(left.label, right.label, f"held-out flow loss at step {step}", "", difference, expected)
+        yield Finding(left.label, right.label, f"held-out flow loss at step {step}", "", difference, "below")
 
 
 def _steps_saved(left: Arm, right: Arm, tables: Mapping[str, Tables]) -> Iterator[Finding]:

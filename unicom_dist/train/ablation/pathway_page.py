@@ -12,9 +12,18 @@ from unicom_dist.tracking.report.charts import Line, chart
 from unicom_dist.tracking.report.data import load_run
 from unicom_dist.tracking.report.document import document
 from unicom_dist.tracking.report.html import Child, Markup, join, table, tag
-from unicom_dist.tracking.report.pictures import embed
 from unicom_dist.train.ablation.drawing import METRICS
-from unicom_dist.train.ablation.page import ARROWS, WIDE, Result, interval, shade, verdicts
+from unicom_dist.train.ablation.page import (
+    ARROWS,
+    WIDE,
+    Result,
+    interval,
+    lead_picture,
+    shade,
+    title_block,
+    trainings,
+    verdicts,
+)
 from unicom_dist.train.ablation.pathway_claims import CHANCE
 
 
@@ -41,29 +50,25 @@ def sheet(result: Result, originals: Sequence[Image.Image], strips: Mapping[str,
 
 def header(result: Result) -> Markup:
     """Title and the figures that say how large the experiment is."""
-    variants, seeds = result["variants"], result["seeds"]
     facts = {
-        "trainings": f"{len(variants) * len(seeds)}: {len(variants)} variants × {len(seeds)} seeds",
+        "trainings": trainings(result),
         "steps": ", ".join(f"{steps} {name}" for name, steps in result["stages"].items()),
         "batch": f"{result['batch']} rows of {result['row_positions']} positions",
         "transformer": f"{result['layers']} layers of {result['hidden']}",
         "encoder": result["encoder"],
         "training time": format_duration(result["training_s"]),
     }
-    items = [tag("div", tag("dt", key), tag("dd", value)) for key, value in facts.items()]
-    title = "Who draws, and how many channels"
-    return tag("header", tag("p", "UniCom pathway ablation", class_="kicker"), tag("h1", title), tag("dl", *items))
+    return title_block("UniCom pathway ablation", "Who draws, and how many channels", facts)
 
 
 def pictures(sheet: Path, result: Result) -> Markup | None:
     """The sheet, of the first seed, after the last step."""
-    source = embed(sheet)
-    if source is None:
+    picture = lead_picture(sheet, "pictures for held-out captions, one row per variant")
+    if picture is None:
         return None
-    image = tag("img", src=source, alt="pictures for held-out captions, one row per variant", loading="lazy")
     captions = tag("p", f"Captions, from the left: {'; '.join(result['captions'])}.")
     note = f"Drawn by the trainings with seed {result['seeds'][0]} after the last step, from the same noise."
-    return join(tag("div", tag("figure", image), class_="lead"), captions, tag("p", note))
+    return join(picture, captions, tag("p", note))
 
 
 def curves(result: Result) -> Markup:
