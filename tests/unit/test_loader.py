@@ -562,6 +562,7 @@ BAD = [
     ("random", {"features.npy": write_npy(np.full((4, 12), np.nan, np.float16))}, "not finite", "codec alone"),
     ("random", {"features.npy": write_npy(np.full((4, 12), np.inf, np.float16))}, "not finite", "codec alone"),
     ("latent", {"json": b"{}"}, "has no grid", "prior"),
+    ("latent", {"latent.npy": write_npy(np.zeros((4, 5), np.float16))}, "has shape [4, 5]", "prior"),
 ]
 
 
