@@ -28,6 +28,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from unicom_dist.models import attention_plan
 from unicom_dist.models.attention import AttentionPlan, visible
+from unicom_dist.models.attention_kernels import FUSED
 from unicom_dist.models.attention_plan import documents
 from unicom_dist.models.flex import FlexPlan
 from unicom_dist.models.operations import visible_pairs
@@ -36,7 +37,7 @@ from unicom_dist.testing.segments import LAYOUTS, layout
 
 HEADS, CHANNELS = 4, 64
 UNMASKED, DENSE, SAMPLES, CAUSAL = "no mask", "dense mask", "sample by sample", "samples as text"
-WHOLE, OURS = "ours, samples whole", "ours"
+WHOLE, OURS, BARE = "ours, samples whole", "ours", "ours, bare calls"
 NOTES = {CAUSAL: "another mask", UNMASKED: "all pairs"}
 
 
@@ -93,13 +94,34 @@ def methods(segments: list[Segment], every: bool = True) -> dict[str, Callable[.
     }
 
 
+@torch.no_grad()
+def bare_calls(segments: list[Segment], *qkv: Tensor, grad: Tensor) -> Callable[[], None]:
+    """The kernel calls of our plan, forward and backward, on inputs that lie ready; their results are dropped."""
+    inputs = []
+    for call in AttentionPlan.build(segments, torch.float32).calls:
+        query, d_out = (call.queries(x, HEADS).contiguous() for x in (qkv[0], grad))
+        key, value = (call.keys(x, HEADS).contiguous() for x in qkv[1:])
+        inputs.append((d_out, query, key, value, call.bias, call.causal))
+
+    def run() -> None:
+        for d_out, *given in inputs:
+            results = FUSED.forward(*given)
+            FUSED.backward(d_out, *given[:3], *results, *given[3:])
+
+    return run
+
+
 def times(segments: list[Segment], key_heads: int, rounds: int) -> dict[str, Timing]:
     """Forward and backward."""
     *qkv, grad = tensors(sum(s.length for s in segments), HEADS, key_heads)
-    compared = methods(segments, every=key_heads == HEADS)
-    return interleaved(
-        {name: lambda form=form: torch.autograd.grad(form(*qkv), qkv, grad) for name, form in compared.items()}, rounds
-    )
+    every = key_heads == HEADS
+    compared: dict[str, Callable[[], object]] = {
+        name: lambda form=form: torch.autograd.grad(form(*qkv), qkv, grad)
+        for name, form in methods(segments, every).items()
+    }
+    if every:
+        compared[BARE] = bare_calls(segments, *qkv, grad=grad)
+    return interleaved(compared, rounds)
 
 
 def errors(dtype: torch.dtype) -> dict[str, float]:

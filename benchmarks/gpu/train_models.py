@@ -123,7 +123,7 @@ class Trainer:
     def __init__(self, task: Shaped, layout: Layout, device: torch.device) -> None:
         self.task, self.mesh = task, Mesh(0, 1, device, layout)
         self.engine = make_engine(task, task.config, task.stage, self.mesh)
-        self.ema = Ema(self.engine.state()["weight"], task.stage.ema)
+        self.ema = Ema(self.engine.state(), task.stage.ema)
         self.execution = Execution(task, self.engine, self.mesh, Watchdog())
         self.sums = LossSums()
 

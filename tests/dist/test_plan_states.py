@@ -54,7 +54,7 @@ def trained_once(stage: int, trained: Trained, mesh: Mesh) -> tuple[Engine, Ema]
     settings = deepspeed_config(ParallelConfig(zero_stage=stage), layout, "bfloat16", SMALL if stage == 3 else {})
     options = OptimizerConfig()
     engine = PlainEngine(module, options, mesh) if stage == 0 else ZeroEngine(module, options, mesh, settings)
-    ema = Ema(engine.state()["weight"], 0.9)
+    ema = Ema(engine.state(), 0.9)
     batch = tiny_batch([[("text", 5), ("latent", 4)], [("feature", 4), ("text", 3)]], SIZES.vocabulary, 4, 6)
     with engine.accumulate():
         text, velocity = engine(batch)[:2]

@@ -53,10 +53,10 @@ def test_functions(name: str, dtype: torch.dtype, tolerance: float) -> None:
 def test_rotation() -> None:
     cos, sin = rotary_angles(torch.arange(ROWS, device="cuda"), 64, 1e6)
 
-    def form(x: torch.Tensor) -> torch.Tensor:
-        return rotate(x, cos.to(x.dtype), sin.to(x.dtype))
+    def form(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return torch.cat(rotate(query, key, cos.to(key.dtype), sin.to(key.dtype)), -2)
 
-    assert max(errors(form, [(ROWS, 4, 64)], form, torch.bfloat16)) <= 0.01
+    assert max(errors(form, [(ROWS, 4, 64), (ROWS, 2, 64)], form, torch.bfloat16)) <= 0.01
 
 
 def test_apex_norm() -> None:

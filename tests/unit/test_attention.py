@@ -1,5 +1,6 @@
 """Packed attention equals its dense definition, and the definition is what the design says. One process, seconds."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from unicom_dist.config.layout import Layout
 from unicom_dist.models import attention, attention_kernels, attention_plan
 from unicom_dist.models.attention import AttentionPlan, visible
 from unicom_dist.models.attention_kernels import FUSED, PRODUCTS
-from unicom_dist.models.attention_plan import plan_calls
+from unicom_dist.models.attention_plan import Document, plan_calls
 from unicom_dist.models.layers import attend, attend_by_products
 from unicom_dist.models.operations import visible_pairs
 from unicom_dist.models.segments import Segment
@@ -19,15 +20,18 @@ from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.segments import LAYOUTS, layout, random_packing
 
 SHARED_HEADS = [(2, 2), (4, 2), (3, 1)]  # query heads and key heads
-PRICES = {"cut": 0.0, "as costs are": 60.0, "whole": 1e9}  # of a call: small packings are cut, or some, or none
+# Of a call and of one of several samples: small packings are cut, or some, or none; none, in a square of the row.
+PRICES = {"cut": (0.0, 0.0), "as costs are": (60.0, 180.0), "whole": (math.inf, 0.0), "one square": (1e9, 1e18)}
+WAYS = ["cut", "whole", "one square"]
 
 
 @pytest.fixture
 def price(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Sets what a call costs in pairs, and lets text be cut into pieces of two."""
+    """Sets what calls cost in pairs, and lets text be cut into pieces of two."""
 
     def choose(name: str) -> None:
-        monkeypatch.setattr(attention_plan, "CALL", PRICES[name])
+        for constant, value in zip(("CALL", "BATCH"), PRICES[name], strict=True):
+            monkeypatch.setattr(attention_plan, constant, value)
         monkeypatch.setattr(attention_plan, "SMALLEST", 2)
         attention_plan._pieces_of_text.cache_clear()
 
@@ -131,14 +135,14 @@ CORNERS = {
 
 
 @pytest.mark.parametrize("heads", SHARED_HEADS)
-@pytest.mark.parametrize("name", ["cut", "whole"])
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("corner", CORNERS)
 def test_corner_cases(corner: str, name: str, heads: tuple[int, int], price: Callable[[str], None]) -> None:
     price(name)
     assert_equal_dense(CORNERS[corner], heads, 0)
 
 
-@pytest.mark.parametrize("name", ["cut", "whole"])
+@pytest.mark.parametrize("name", WAYS)
 def test_nobody_else_reads_noise_or_another_sample(name: str, price: Callable[[str], None]) -> None:
     """Perturbed keys and values change nothing outside their segment, not by a bit, and get no gradient from there."""
     price(name)
@@ -199,6 +203,17 @@ def test_short_samples_share_few_calls_and_little_padding() -> None:
     assert len(batches) < 15
 
 
+def test_a_short_row_is_one_square_and_read_in_place() -> None:
+    """Several calls for a few dozen positions would cost more than the pairs of the row."""
+    sizes = (42, 26, 8, 8, 8)
+    row = [Segment(sample, "causal", length) for sample, length in enumerate(sizes)]
+    calls = plan_calls(row)
+    assert (calls.pieces, calls.batches) == ([], [[Document(0, tuple(row))]])
+    assert isinstance(AttentionPlan.build(row, torch.float32).calls[0], attention._Cut)
+    longer = plan_calls([Segment(sample, "causal", 2 * length) for sample, length in enumerate(sizes)])
+    assert sum(map(len, longer.batches)) + len(longer.pieces) >= len(sizes)
+
+
 def test_plan_of_nothing_returns_nothing() -> None:
     empty = torch.zeros(0, 2, 4, requires_grad=True)
     out = AttentionPlan.build([], torch.float32)(0, empty, empty, empty)
@@ -206,7 +221,7 @@ def test_plan_of_nothing_returns_nothing() -> None:
     out.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["cut", "whole"])
+@pytest.mark.parametrize("name", WAYS)
 def test_shares_of_the_heads_make_the_whole(name: str, price: Callable[[str], None]) -> None:
     """As tensor parallelism and Ulysses give them out, over a batch padded for the ranks."""
     price(name)
@@ -271,7 +286,7 @@ def test_products_equal_the_fused_kernel(key_heads: int, bias_rows: int) -> None
     torch.testing.assert_close(attend_by_products(query, key, value, bias), attend(query, key, value, bias))
 
 
-@pytest.mark.parametrize("name", ["cut", "whole"])
+@pytest.mark.parametrize("name", WAYS)
 def test_packed_attention_by_products(name: str, price: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """What other devices compute, and short bfloat16 where a CPU has it: the same packings, in double precision."""
     price(name)

@@ -1,13 +1,17 @@
 """The codec as a whole, its noise on latents, and the statistics of latents. One process, seconds."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import CodecConfig, CompressorConfig, DecoderConfig
 from unicom_dist.models.codec import Codec, CodecBatch, LatentStats, spread_of
 from unicom_dist.models.flow import interpolate
+from unicom_dist.train.stages import read_stats
 
 CONFIG = CodecConfig(
     compressor=CompressorConfig(channels=6, heads=2, attention_width=16, expanded=20),
@@ -182,7 +186,7 @@ def test_normalised_latents_have_unit_scale_and_return() -> None:
     torch.testing.assert_close(normal.mean(0), torch.zeros(3), rtol=0, atol=1e-4)
     torch.testing.assert_close(normal.std(0, correction=0), torch.ones(3))
     torch.testing.assert_close(stats.denormalise(normal), latents)
-    same = LatentStats.from_json(stats.to_json())
+    same = LatentStats.from_json(json.loads(json.dumps(stats.to_json())))
     assert torch.equal(same.mean, stats.mean)
     assert torch.equal(same.std, stats.std)
 
@@ -195,3 +199,23 @@ def test_a_dead_channel_does_not_become_infinite() -> None:
 def test_statistics_of_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="no latents"):
         LatentStats.from_tensors([torch.zeros(0, 3)])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"mean": [0.0]}',
+        '{"mean": ["a"], "std": [1.0]}',
+        '{"mean": [0.0, 0.0], "std": [1.0]}',
+        '{"mean": [0.0], "std": [0.0]}',
+        '{"mean": [NaN], "std": [1.0]}',
+        '{"mean": 0.0, "std": 1.0}',
+    ],
+)
+def test_damaged_statistics_are_a_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "stats.json").write_text(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_stats(tmp_path)

@@ -197,6 +197,22 @@ def test_talks_about_images_of_the_training_set_are_trained_on(config: Config) -
     assert model.latent_in.weight.grad is not None
 
 
+def test_conditions_are_dropped_where_something_is_drawn_alone(config: Config) -> None:
+    """An answer about an image is never trained without it."""
+    key = next(iter(open_set(config, "train").keys()))
+    question = json.loads(json.dumps({"messages": TALK["messages"][:2]}).replace('"a"', f'"{key}"'))
+    edit = json.loads(json.dumps(EDIT).replace('"a"', f'"{key}"').replace('"b"', f'"{key}"'))
+    write_talks(config, [question, edit])
+    dropped = {"condition_dropout": 1.0, "reference_dropout": 1.0}
+    prior = config.prior.model_copy(update=dropped)
+    with loader_of(config.model_copy(update={"prior": prior})) as loader:
+        (batch,) = loader.next_step()
+    assert {"t0", "t1"} <= set(batch.keys)
+    read = batch.tasks.count("image_to_text") + batch.keys.count("t0")
+    assert len(batch.features) == 4 * read, "what is asked about is read"
+    assert len(batch.flow_index) == len(batch.latents) > 0, "no reference, only what is drawn"
+
+
 def test_a_missing_image_is_skipped_counted_and_named(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     first = next(iter(open_set(config, "train").keys()))
     story = {"document": [{"type": "text", "text": "a"}, {"type": "image", "image": first}]}

@@ -37,9 +37,9 @@ def angles(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 FORMS: dict[str, tuple[Callable, Callable, list[tuple[int, ...]]]] = {
     "norm": (lambda x, w: rms_norm(x, w, EPS), plain_norm, [(7, 3, 8), (8,)]),
     "rotation": (
-        lambda x: rotate(x, *angles(x.dtype)),
-        lambda x: plain_rotate(x, *angles(x.dtype)),
-        [(7, 3, 8)],
+        lambda query, key: torch.cat(rotate(query, key, *angles(key.dtype)), -2),
+        lambda query, key: torch.cat([plain_rotate(x, *angles(x.dtype)) for x in (query, key)], -2),
+        [(7, 4, 8), (7, 2, 8)],
     ),
     "activation": (silu_product, lambda gate, up: F.silu(gate) * up, [(7, 24), (7, 24)]),
 }

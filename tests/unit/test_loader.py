@@ -29,6 +29,7 @@ from unicom_dist.data.loader import (
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import write_npy
 from unicom_dist.data.order import Order, generator_of
+from unicom_dist.data.pairs import open_set
 from unicom_dist.data.shardset import ShardSet, part_name
 from unicom_dist.data.tar import ShardWriter
 from unicom_dist.data.text import Vocabulary
@@ -320,7 +321,10 @@ def test_the_mixture_is_exact_over_samples(config: Config, vocabulary: Vocabular
     with prior(config, vocabulary, batch=16) as loader:
         for _ in range(5):
             loader.next_step()
-        counts = loader.state_dict()["counts"]
+        state, report = loader.state_dict(), loader.report()
+    counts, pairs = state["counts"], len(open_set(config, "train"))
+    drawn = {task: report[f"data/epochs/{task}"] * pairs for task in counts}
+    assert all(counts[task] <= drawn[task] <= 2 * counts[task] for task in counts), "two steps are prepared"
     total = sum(counts.values())
     assert abs(counts["text_to_image"] - total / 2) < 1
     assert abs(counts["text"] - total / 4) < 1
@@ -558,6 +562,7 @@ BAD = [
     ("random", {"features.npy": write_npy(np.full((4, 12), np.nan, np.float16))}, "not finite", "codec alone"),
     ("random", {"features.npy": write_npy(np.full((4, 12), np.inf, np.float16))}, "not finite", "codec alone"),
     ("latent", {"json": b"{}"}, "has no grid", "prior"),
+    ("latent", {"latent.npy": write_npy(np.zeros((4, 5), np.float16))}, "has shape [4, 5]", "prior"),
 ]
 
 

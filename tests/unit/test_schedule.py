@@ -28,7 +28,7 @@ def test_constant_stays_and_cosine_falls_to_its_share():
 
 def test_average_is_the_recurrence_with_a_decay_shortened_at_the_start():
     weights = [torch.zeros(3), torch.zeros(0)]
-    ema = Ema(weights, 0.9)
+    ema = Ema({"weight": weights, "exp_avg": weights}, 0.9)
     expected = 0.0
     for n in range(1, 200):
         weights[0].fill_(n)
@@ -40,7 +40,18 @@ def test_average_is_the_recurrence_with_a_decay_shortened_at_the_start():
 
 def test_without_decay_the_average_is_the_weights():
     weights = [torch.randn(5)]
-    ema = Ema(weights, 0.0)
+    ema = Ema({"weight": weights, "exp_avg": weights}, 0.0)
     weights[0].mul_(3)
     ema.update()
     torch.testing.assert_close(ema.buffers[0], weights[0])
+
+
+def test_frozen_weights_are_their_own_average():
+    trained, frozen = torch.zeros(2), torch.ones(3)
+    ema = Ema({"weight": [trained, frozen], "exp_avg": [torch.zeros(2), torch.zeros(0)]}, 0.9)
+    assert ema.buffers[1] is frozen
+    trained.fill_(1.0)
+    ema.update()
+    assert 0 < ema.buffers[0][0] < 1
+    ema.load([torch.full((2,), 5.0), torch.ones(3)], 7)
+    assert (ema.buffers[0].tolist(), ema.buffers[1] is frozen, ema.updates) == ([5.0, 5.0], True, 7)

@@ -62,6 +62,11 @@ class Conversation:
         """All that is said, in order."""
         return [part.text for message in self.messages for part in message.parts if isinstance(part, Words)]
 
+    @property
+    def draws(self) -> bool:
+        """Whether the assistant shows an image."""
+        return any(message.role == "assistant" and message.shows for message in self.messages)
+
     def shown(self) -> list[tuple[str, str]]:
         """(what is said since the image before, key) of every image."""
         found: list[tuple[str, str]] = []

@@ -96,7 +96,7 @@ class SampleReader:
         """
         sample = pairs[number]
         conversation = Conversation.parse(json_of(sample.parts[""], sample.key), sample.key)
-        if training:
+        if training and conversation.draws:  # without its image, an answer about it would be learned as a guess
             chance = key_of(self._config.seed, self._stage, sample.key, visit, "condition")
             text, images = (chance & 0xFFFFF) / 2**20, (chance >> 20 & 0xFFFFF) / 2**20
             prior = self._config.prior

@@ -114,13 +114,15 @@ class PriorLoader(StepLoader[PackedBatch]):
     def report(self) -> dict[str, float]:
         """Figures for the metrics, since the start.
 
-        Empty share of the rows, malformed samples met, FLOPs of a step's costliest rank over the mean of the ranks.
+        Empty share of the rows, malformed samples met, FLOPs of a step's costliest rank over the mean of the ranks,
+        and how often each task has gone through its samples.
         """
         positions = self._row_count * self._reader.limit
         return {
             "data/pad_fraction": 1 - self._filled / positions if positions else 0.0,
             "data/bad_samples": float(len(self._bad.names)),
             "data/rank_imbalance": self._costliest / self._mean_cost if positions else 1.0,
+            **{f"data/epochs/{task}": drawn / self._orders[task].size for task, drawn in self._ordinals.items()},
         }
 
     def _next(self) -> list[PackedBatch]:

@@ -49,10 +49,11 @@ def _spread(segments: Sequence[Segment]) -> _Spread:
 
 
 def _sees(position: Tensor, s: _Spread) -> Tensor:
-    """The visibility rule between positions of one sample: [..., L] fields -> [..., L, L], query by key."""
+    """The visibility rule: [..., L] fields -> [..., L, L], query by key."""
+    same_sample = s.sample[..., :, None] == s.sample[..., None, :]
     together = s.segment[..., :, None] == s.segment[..., None, :]
     earlier = position[..., None, :] <= position[..., :, None]
-    return (earlier | (together & s.two_way[..., None, :])) & (~s.hidden[..., None, :] | together)
+    return same_sample & (earlier | (together & s.two_way[..., None, :])) & (~s.hidden[..., None, :] | together)
 
 
 def visible(segments: Sequence[Segment]) -> Tensor:
@@ -64,8 +65,7 @@ def visible(segments: Sequence[Segment]) -> Tensor:
     Returns: [S, S] bool.
     """
     spread = _spread(segments)
-    same_sample = spread.sample[:, None] == spread.sample[None, :]
-    return same_sample & _sees(torch.arange(spread.sample.shape[0]), spread)
+    return _sees(torch.arange(spread.sample.shape[0]), spread)
 
 
 class Take(torch.autograd.Function):
@@ -117,7 +117,8 @@ class AttentionPlan:
     def __init__(self, pieces: Sequence[Piece], stairs: Tensor, batches: "Sequence[_Whole]") -> None:
         """Use `build`. stairs: the mask of all pieces of text, each of which reads a corner of it."""
         self._pieces, self._stairs, self._batches = pieces, stairs, batches
-        self._calls = [*(_Cut(piece, stairs) for piece in pieces), *batches]
+        self.calls: list[_Cut | _Whole] = [_Cut(piece, _corner(piece, stairs)) for piece in pieces]
+        self.calls += [batch if len(batch.bias) > 1 else batch.in_place() for batch in batches]
 
     @classmethod
     def build(
@@ -132,12 +133,12 @@ class AttentionPlan:
         """The same plan with its masks on `device`."""
         if torch.device(device) == self._stairs.device:
             return self
-        batches = [_Whole(*(tensor.to(device, non_blocking=True) for tensor in batch)) for batch in self._batches]
+        batches = [batch.to(device) for batch in self._batches]
         return AttentionPlan(self._pieces, self._stairs.to(device, non_blocking=True), batches)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [S, H, K], key and value [S, G, K] -> [S, H, K]; the same for every layer."""
-        out: Tensor = _Packed.apply(self._calls, query, key, value)  # type: ignore[no-untyped-call]
+        out: Tensor = _Packed.apply(self.calls, query, key, value)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -184,14 +185,10 @@ class _Packed(torch.autograd.Function):
 class _Cut:
     """A piece: its queries are a stretch of the row, its keys one or several. Read where they lie, not copied."""
 
-    def __init__(self, piece: Piece, stairs: Tensor) -> None:
+    def __init__(self, piece: Piece, bias: Tensor | None) -> None:
         self._queries, self._keys = slice(piece.begin, piece.end), [slice(*places) for places in piece.keys]
         self._lengths = [end - begin for begin, end in piece.keys]
-        self.causal = piece.causal and not piece.before
-        self.bias: Tensor | None = None
-        if piece.causal and piece.before:
-            n, before = piece.end - piece.begin, stairs.shape[1] - stairs.shape[0]
-            self.bias = stairs[None, None, :n, before - piece.before : before + n]
+        self.bias, self.causal = bias, piece.causal and bias is None
 
     def queries(self, x: Tensor, groups: int) -> Tensor:
         """[S, H, K] -> [1, H, n, K], or [G, r, n, K] where heads share keys."""
@@ -230,6 +227,14 @@ def _stairs(pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
     return torch.full((n, before + n), float("-inf"), dtype=dtype).triu_(before + 1)
 
 
+def _corner(piece: Piece, stairs: Tensor) -> Tensor | None:
+    """The mask of a piece, where the kernel has to be given one."""
+    if not piece.causal or not piece.before:
+        return None
+    n, before = piece.end - piece.begin, stairs.shape[1] - stairs.shape[0]
+    return stairs[None, None, :n, before - piece.before : before + n]
+
+
 class _Whole(NamedTuple):
     """A batch of B whole samples padded to L positions, under a mask. Read and written as copies."""
 
@@ -237,6 +242,17 @@ class _Whole(NamedTuple):
     gather: Tensor  # [B L]: the position to read; for padding, any
     places: Tensor  # [n]: where in `gather` there is no padding
     positions: Tensor  # [n]: the positions read there
+    begin: int  # the first position of the longest
+
+    def to(self, device: torch.device | str) -> "_Whole":
+        """The same on `device`."""
+        bias, gather, places, positions = (tensor.to(device, non_blocking=True) for tensor in self[:4])
+        return _Whole(bias, gather, places, positions, self.begin)
+
+    def in_place(self) -> _Cut:
+        """The same call for a batch of one: nothing is padded, so nothing need be copied."""
+        stretch = (self.begin, self.begin + self.bias.shape[-1])
+        return _Cut(Piece(*stretch, (stretch,), causal=False), self.bias)
 
     @property
     def causal(self) -> bool:
@@ -276,4 +292,5 @@ def _whole(documents: Sequence[Document], dtype: torch.dtype) -> _Whole:
     sees = torch.where(real[:, :, None], sees & real[:, None, :], torch.eye(longest, dtype=torch.bool))
     bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf"))[:, None]
     positions = begin + offset
-    return _Whole(bias, torch.where(real, positions, begin).flatten(), real.flatten().nonzero()[:, 0], positions[real])
+    gather, places = torch.where(real, positions, begin).flatten(), real.flatten().nonzero()[:, 0]
+    return _Whole(bias, gather, places, positions[real], documents[0].begin)

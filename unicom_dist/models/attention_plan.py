@@ -3,8 +3,9 @@
 All queries of an image, or of a stretch of text, see the same keys: what is clean in their document before them, and
 their own. So a document is *cut* into pieces, rectangles of queries and keys without a hidden pair but for the triangle
 at the end of a piece of text; keys that nobody sees later (noised latents) are left out. A call has a price of its own:
-documents too short for that are attended *whole*, in batches of similar length, under a mask. Whichever costs less is
-taken, document by document. Costs are in pairs of a query and a key, by whose number a call takes its time.
+documents too short for that are attended *whole*, under a mask: in batches of similar length, or all in one square if
+the whole row is that short. Whichever costs less is taken. Costs are in pairs of a query and a key, by whose number a
+call takes its time.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from unicom_dist.models.segments import Segment
 Range = tuple[int, int]  # [begin, end)
 
 CALL = 2000.0  # pairs that take as long, forward and backward, as a call does by itself (4 heads of 64 channels)
+BATCH = 3 * CALL  # the same of a call that reads and writes its samples as copies
 MASKED = 1.05  # cost of a pair in a call with a mask
 # torch's CPU kernel takes 32 queries at a time, from 192 on 64, from 768 on 256: cost of a pair, measured
 COSTS = ((192, 1.3), (768, 1.05), (1 << 62, 1.0))
@@ -50,7 +52,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One sample of the row: where it begins, and its segments."""
+    """One sample of the row, or neighbours that are attended as one: where it begins, and its segments."""
 
     begin: int
     segments: tuple[Segment, ...]
@@ -79,7 +81,12 @@ def plan_calls(segments: Sequence[Segment]) -> Calls:
             pieces += cut
         else:
             whole.append(document)
-    return Calls(pieces, batches_of(whole))
+    batches = batches_of(whole)
+    if batches and not pieces:
+        row = Document(0, tuple(segment for segment in segments if segment.length))
+        if _cost_batch([row]) < sum(map(_cost_batch, batches)):
+            batches = [[row]]
+    return Calls(pieces, batches)
 
 
 def documents(segments: Sequence[Segment]) -> list[Document]:
@@ -139,6 +146,11 @@ def _cost(piece: Piece) -> float:
 def _cost_whole(length: int) -> float:
     padding = 2 / (1 + SHORTEST_IN_BATCH)
     return MASKED * _pair(length) * padding * length * length
+
+
+def _cost_batch(batch: Sequence[Document]) -> float:
+    longest = batch[0].length
+    return (CALL if len(batch) == 1 else BATCH) + MASKED * _pair(longest) * len(batch) * longest * longest
 
 
 @lru_cache(maxsize=1 << 16)

@@ -66,7 +66,8 @@ class Attention(nn.Module):
         query, key, value = (projected.view(len(projected), -1, self.head_dim) for projected in self.qkv(x))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        out: Tensor = self.o_proj(attend(layer, rotate(query, cos, sin), rotate(key, cos, sin), value).flatten(-2))
+        query, key = rotate(query, key, cos, sin)
+        out: Tensor = self.o_proj(attend(layer, query, key, value).flatten(-2))
         return out
 
 

@@ -77,8 +77,14 @@ class LatentStats:
 
     @classmethod
     def from_json(cls, values: dict[str, list[float]]) -> "LatentStats":
-        """The inverse of `to_json`."""
-        return cls(torch.tensor(values["mean"]), torch.tensor(values["std"]))
+        """The inverse of `to_json`. ValueError: not a mean and a positive deviation for each of some channels."""
+        try:
+            mean, std = (torch.tensor(values[name], dtype=torch.float32) for name in ("mean", "std"))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"mean and std of each channel are not there ({error})") from None
+        if mean.dim() != 1 or mean.shape != std.shape or not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+            raise ValueError("there is not a finite mean and a positive std for each channel")
+        return cls(mean, std)
 
     @classmethod
     def from_tensors(cls, tensors: Iterable[Tensor], floor: float = 1e-4) -> "LatentStats":

@@ -26,22 +26,22 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
 def norm_backward(d_out: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """With u = x scale: d_x = scale (d_u - u mean(d_u u)), d_weight = sum(d_out u)."""
     d_out, unit = d_out.to(scale.dtype), x * scale
-    d_weight = (d_out * unit).flatten(0, -2).sum(0).to(weight.dtype)
-    d_unit = d_out * weight
-    d_x = (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True)) * scale
-    return d_x.to(x.dtype), d_weight
+    shares = d_out * unit
+    along = torch.matmul(shares, weight.to(scale.dtype))[..., None] / x.shape[-1]
+    d_x = (d_out * weight).addcmul_(unit, along, value=-1).mul_(scale)
+    return d_x.to(x.dtype), shares.flatten(0, -2).sum(0).to(weight.dtype)
 
 
 def rotation_forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x cos + (-high, low) sin, by halves of the last axis."""
     low, high = x.chunk(2, -1)
-    return x * cos[..., None, :] + torch.cat([-high, low], -1) * sin[..., None, :]
+    return x * cos.unsqueeze(-2) + torch.cat([-high, low], -1) * sin.unsqueeze(-2)
 
 
 def rotation_backward(d_out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The transposed rotation."""
-    low, high = (d_out * sin[..., None, :]).chunk(2, -1)
-    return d_out * cos[..., None, :] + torch.cat([high, -low], -1)
+    low, high = (d_out * sin.unsqueeze(-2)).chunk(2, -1)
+    return d_out * cos.unsqueeze(-2) + torch.cat([high, -low], -1)
 
 
 def activation_forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -92,20 +92,21 @@ class RmsNormFunction(torch.autograd.Function):
 
 
 class RotateFunction(torch.autograd.Function):
-    """Keeps the angles, which all layers share, and nothing of x."""
+    """Keeps the angles, which all layers share, and nothing of query and key."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [..., H, K], cos and sin [..., K] -> [..., H, K]."""
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """query [..., H, K], key [..., G, K], cos and sin [..., K] -> the shapes of query and key."""
         ctx.save_for_backward(cos, sin)
-        out: Tensor = _FORMS["rotation_forward"](x, cos, sin)
-        return out
+        rotated = _FORMS["rotation_forward"]
+        return rotated(query, cos, sin), rotated(key, cos, sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, d_query: Tensor, d_key: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """See `rotation_backward`."""
-        return _FORMS["rotation_backward"](d_out, *ctx.saved_tensors), None, None
+        back, angles = _FORMS["rotation_backward"], ctx.saved_tensors
+        return back(d_query, *angles), back(d_key, *angles), None, None
 
 
 class SiluProductFunction(torch.autograd.Function):

@@ -56,10 +56,10 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions applied to x [..., H, K] with cos and sin [..., K] in x's dtype."""
-    out: Tensor = RotateFunction.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return out
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions applied to query [..., H, K] and key [..., G, K]; cos and sin [..., K] in their dtype."""
+    rotated: tuple[Tensor, Tensor] = RotateFunction.apply(query, key, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:

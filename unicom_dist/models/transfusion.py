@@ -171,7 +171,7 @@ class Transfusion(nn.Module):
             places.append(torch.arange(batch.num_positions - padding, batch.num_positions, device=text.device))
         where = torch.cat(places)
         back = torch.empty_like(where)
-        back[where] = torch.arange(where.shape[0], device=where.device)
+        back.index_copy_(0, where, torch.arange(where.shape[0], device=where.device))
         return rearrange(torch.cat(rows), back, where)
 
     def hidden(self, batch: PackedBatch, attend: Attend) -> Tensor:

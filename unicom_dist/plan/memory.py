@@ -1,7 +1,7 @@
 """Bytes a rank needs for a step of the prior, by what they are for.
 
-Frozen parameters cost weights alone: low-precision ones, float32 masters and averages, which the engines keep and ZeRO
-splits as those of trained ones. They have neither gradients nor moments.
+Frozen parameters cost weights alone: low-precision ones and float32 masters, which the engines keep and ZeRO splits as
+those of trained ones. They have neither gradients nor moments, and are their own average.
 Symbols as in `parameters.py`; what is kept for the backward pass: `activations.py`.
 """
 
@@ -63,11 +63,11 @@ def rank_memory(
     element = 2 if precision == "bfloat16" else 4
     shards = layout.dp * layout.ulysses
     shard, moved_shard = -(-held // shards), -(-moved // shards)
-    weights, optimizer, average, gathered = element * held, 4 * shard + 8 * moved_shard, 4 * shard, 0
+    weights, optimizer, average, gathered = element * held, 4 * shard + 8 * moved_shard, 4 * moved_shard, 0
     gradients = element * moved + 4 * moved_shard  # added up over the micro-batches; reduced
     last = pp_rank == layout.pp - 1
     if layout.zero_stage == 0:
-        optimizer, average = 4 * held + 8 * moved, 4 * held
+        optimizer, average = 4 * held + 8 * moved, 4 * moved
         gradients = (element + 4) * moved if element == 2 else 4 * moved
         weights = element * held if element == 2 else 0  # the master weights themselves
     elif layout.zero_stage == 3:

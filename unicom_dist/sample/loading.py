@@ -133,7 +133,7 @@ def load_prior(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
             sizes = vocabulary.size, content["latent_channels"], content["feature_channels"]
             query = QueryConfig.model_validate(content.get("query", {}))
             model = QueryGuided(config, query, *sizes) if query.enabled else Transfusion(config, *sizes)
-    except (KeyError, TypeError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise _foreign(folder, "a prior", error) from None
     # What is computed from the configuration rather than stored has to be computed again after the meta device.
     model.places = grid_table(config.max_grid, config.hidden)

@@ -230,7 +230,7 @@ def _train(case: Case, config: Config, mesh: Mesh) -> Outcome:
     stage = config.stages[0]
     task, dog = JointLayoutTask(config) if case.joint else LayoutTask(config), Watchdog()
     engine = make_engine(task, config, stage, mesh)
-    ema = Ema(engine.state()["weight"], stage.ema)
+    ema = Ema(engine.state(), stage.ema)
     outcome, loader, store = Outcome(), Pieces(case, mesh), None
     execution = Execution(task, engine, mesh, dog)
     run = Run(config, stage, task, mesh, engine, ema, loader, store, StopRequest(), dog, execution)  # type: ignore[arg-type]

@@ -191,7 +191,7 @@ def start_run(config: Config, stage: StageConfig, mesh: Mesh, stop: StopRequest,
     if checkpoint is None and before is not None:
         start_from(before, task, engine, mesh)
         log.info("stage %s starts from %s", stage.name, before)
-    ema = Ema(engine.state()["weight"], stage.ema)
+    ema = Ema(engine.state(), stage.ema)
     execution = Execution(task, engine, mesh, watchdog)
     run = Run(config, stage, task, mesh, engine, ema, loader, store, stop, watchdog, execution)
     if checkpoint is not None:

@@ -130,7 +130,7 @@ def read_stats(run_dir: Path) -> LatentStats:
     path = run_dir / "latents" / "stats.json"
     try:
         return LatentStats.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read: {error}", "the prior learns normalised latents", "run the latents stage first"
         ) from None
