@@ -1,4 +1,4 @@
-"""A published SigLIP2 in miniature: text and vision tower in one folder, as its authors' `save_pretrained` writes it."""
+"""A published SigLIP2 in miniature: text and vision tower in one folder, as `save_pretrained` writes it."""
 
 from pathlib import Path
 
