@@ -186,7 +186,8 @@ def run(config: Config, on_state: Callable[[str], None] = lambda state: None) ->
             raise DataError(
                 f"{data / part.name}: features with fingerprint {part.manifest.fingerprint}",
                 f"the codec was trained on {settings.get('encoder_fingerprint')}",
-                "run `unicom features run` with the codec's encoder, or train the codec again",
+                f"run `unicom features run` with the codec's encoder, encoder.path={settings['encoder']['path']},"
+                " or train the codec again",
                 DOCS,
             )
     producer = latent_producer(codec / "model.safetensors", settings["encoder_fingerprint"])

@@ -110,10 +110,11 @@ def unfinished(sets: Sequence[PartSet], ledger: Ledger, fingerprint: str) -> lis
         entry = ledger.done.get(task.name)
         target = Path(task.target)
         if entry and target.is_file() and entry["fingerprint"] != fingerprint:
+            alike = f"{target.parent.parent}/*/*.{target.name.split('.')[-2]}.tar"
             raise DataError(
                 f"{target} has fingerprint {entry['fingerprint']}, this configuration's is {fingerprint}",
                 f"it was made by something else: {entry.get('producer', 'unknown')}",
-                f"configure what it was made with, or remove {target.parent}/*.{target.name.split('.')[-2]}.tar",
+                f"configure what it was made with, or remove {alike}",
                 DOCS,
             )
         if not is_finished(task, entry, fingerprint):

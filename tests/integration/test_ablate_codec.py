@@ -1,4 +1,7 @@
-"""A tiny codec ablation end to end: stopped after its first training, continued, skipped. Starts the ranks twice."""
+"""A tiny codec ablation end to end: stopped after its first training, continued, skipped; one with a resampler.
+
+Starts the ranks three times.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_run import tiny_run
 
 from unicom_dist.config.errors import ConfigError, Preempted
@@ -138,3 +142,26 @@ def test_mlflow_shows_a_nested_run_per_training(finished, tmp_path):
     assert nested.data.metrics["eval/PSNR"] == pytest.approx(sum(measured) / len(measured))
     names = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert {"ablation.html", "ablation.json", "samples"} <= names
+
+
+def test_a_learned_resampler_stands_beside_all_tokens(tmp_path):
+    config = tiny_run(
+        tmp_path,
+        ablation={"seeds": 1, "kinds": ["attention"], "widths": [2], "spatial": ["resampler"], "pictures": 2},
+        stages={"codec": {"steps": 4, "eval_every": 2}},
+    )
+    page = codec.run(Loaded(config, {}, tmp_path), lambda line: None, CHEAP)
+    result = json.loads((Path(config.run_dir) / "ablation.json").read_text())
+    shapes = {variant["name"]: (variant["tokens"], variant["channels"]) for variant in result["variants"]}
+    assert shapes == {
+        "identity-12": (4, 12),
+        "identity-resampler-12": (1, 12),
+        "attention-2": (4, 2),
+        "attention-resampler-8": (1, 8),
+    }
+    said = [finding["sentence"] for claim in result["claims"] for finding in claim["findings"]]
+    assert any("resampled" in sentence for sentence in said)
+    assert all(sentence in page.read_text() for sentence in said)
+    for variant in ("identity-resampler-12", "attention-resampler-8"):
+        weights = load_file(Path(config.run_dir) / variant / "seed-0" / "weights" / "codec" / "model.safetensors")
+        assert weights["compressor.resampler.places"].any()  # zero at its start: it has learnt

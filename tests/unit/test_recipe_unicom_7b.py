@@ -11,12 +11,12 @@ from unicom_dist.config.load import load_recipe
 from unicom_dist.config.schema import Config
 from unicom_dist.models.codec import Codec, CodecBatch
 from unicom_dist.models.decoder_weights import check_architecture, decoder_source
-from unicom_dist.models.diffusers_classes import diffusers_class
 from unicom_dist.models.encoders import build_encoder
 from unicom_dist.models.init import fill
 from unicom_dist.models.target import build_target, patch_count
 from unicom_dist.parallel.tensor import materialise
 from unicom_dist.testing.tiny_flux import POOLED, TEXT, VAE_CHANNELS, tiny_flux, write_tiny_flux
+from unicom_dist.testing.tiny_siglip2 import write_tiny_siglip2
 
 RECIPE = "unicom_7b/codec"
 SIGLIP = 1152
@@ -74,15 +74,8 @@ def small(folder: Path) -> Config:
 
 
 def test_folders_in_the_published_format_are_all_it_needs(tmp_path: Path) -> None:
-    diffusers_class("FluxTransformer2DModel")  # hides a torchvision that does not fit this torch
-    from transformers import Siglip2VisionConfig
-    from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
-
     write_tiny_flux(tmp_path / "flux", seed=4)
-    vision = Siglip2VisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_patches=16, patch_size=16
-    )
-    Siglip2VisionModel(vision).save_pretrained(tmp_path / "siglip")
+    write_tiny_siglip2(tmp_path / "siglip", patch_px=16)
     config = small(tmp_path)
     encoder, target = build_encoder(config.encoder), build_target(config.codec.decoder)
     codec = Codec(config.codec, encoder.channels, config.seed, outline=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.schema import DecoderConfig
@@ -118,6 +119,21 @@ def test_folders_that_hold_no_vae_are_refused_with_the_reason(saved: Path, tmp_p
         build_target(config(tmp_path))
     with pytest.raises(ConfigError, match=f"vae_channels={VAE_CHANNELS} codec.decoder.vae_scale=2"):
         build_target(config(saved, vae_channels=16, vae_scale=8))
+
+
+def test_a_vae_without_one_of_its_tensors_or_with_another_is_refused(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((saved / "vae" / "config.json").read_text())
+    tensors = load_file(saved / "vae" / "diffusion_pytorch_model.safetensors")
+    lost = {name: tensor for name, tensor in tensors.items() if name != "decoder.conv_norm_out.weight"}
+    others = {
+        r"1 tensors are missing, decoder\.conv_norm_out\.weight": lost,
+        r"1 tensors are unexpected, decoder\.more": {**tensors, "decoder.more": torch.zeros(3)},
+        r"size mismatch for decoder\.conv_in\.bias": {**tensors, "decoder.conv_in.bias": torch.zeros(3)},
+    }
+    for why, content in others.items():
+        save_file(content, tmp_path / "diffusion_pytorch_model.safetensors")
+        with pytest.raises(CheckpointError, match=why):
+            build_target(config(tmp_path))
 
 
 def test_shapes_follow_from_the_configuration_alone() -> None:

@@ -22,6 +22,7 @@ from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.sample.loading import load_codec
 from unicom_dist.testing.shards import write_tiny_sets
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
+from unicom_dist.testing.tiny_siglip2 import write_tiny_siglip2
 from unicom_dist.train.codec import CodecTask
 
 ALONE = Mesh(0, 1, torch.device("cpu"))
@@ -39,15 +40,7 @@ def efficientnet(folder: Path) -> EncoderConfig:
 
 
 def siglip2(folder: Path) -> EncoderConfig:
-    from transformers import Siglip2VisionConfig
-    from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
-
-    torch.manual_seed(0)
-    config = Siglip2VisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_patches=16, patch_size=8
-    )
-    Siglip2VisionModel(config).save_pretrained(folder)
-    return EncoderConfig(kind="siglip2", path=str(folder), max_patches=12)
+    return EncoderConfig(kind="siglip2", path=str(write_tiny_siglip2(folder)), max_patches=12)
 
 
 @pytest.mark.parametrize("make", [efficientnet, siglip2])

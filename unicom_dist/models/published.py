@@ -5,6 +5,7 @@ are picked by source id.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,18 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}", str(error).splitlines()[0], "fetch the file again") from error
+
+
+@contextmanager
+def quietly(library: str) -> Iterator[None]:
+    """Without `library`'s warnings about the folder it reads: whoever calls says what does not fit, and refuses it."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def table_rows(folder: Path) -> int:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unicom_dist.config.errors import CheckpointError, ConfigError
 from unicom_dist.config.schema import DecoderConfig
 from unicom_dist.models.diffusers_classes import diffusers_class
 from unicom_dist.models.encoders.base import fingerprint, weights_digest
+from unicom_dist.models.published import quietly
 
 DOCS = "docs/codec.md"
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
@@ -184,18 +185,29 @@ def load_vae(folder: Path) -> tuple[Any, dict[str, Any]]:
     published = read_config(folder)
     weight_files(folder)
     try:
-        vae: nn.Module = diffusers_class(published["_class_name"]).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
-        )
+        kind = diffusers_class(published["_class_name"])
+        with quietly("diffusers"):
+            vae, found = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
     except Exception as error:  # diffusers raises many kinds for a folder that does not fit itself
         raise _foreign(folder, f"{type(error).__name__}: {error}") from error
+    # diffusers only warns of tensors that it left random, and of those that it left out.
+    for what in ("missing", "unexpected"):
+        if names := sorted(found[f"{what}_keys"]):
+            raise _foreign(folder, f"{len(names)} tensors are {what}, {names[0]} among them")
     return vae.eval().requires_grad_(False), published
 
 
 def _foreign(folder: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"codec.decoder.vae_path: no VAE in {folder}",
-        why.splitlines()[0][:300],
+        " ".join(why.split())[:300],
         f"name the folder of a diffusers {' or '.join(KINDS)} with its safetensors",
         DOCS,
     )

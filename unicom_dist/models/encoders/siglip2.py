@@ -29,6 +29,7 @@ from unicom_dist.models.encoders.base import (
     wrong_weights,
 )
 from unicom_dist.models.encoders.crop import crop_to_ratio
+from unicom_dist.models.published import quietly
 
 log = logging.getLogger(__name__)
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
@@ -45,9 +46,10 @@ class Siglip2Encoder:
         self.fingerprint = siglip2_fingerprint(config)
         self._device = device
         try:
-            model, info = Siglip2VisionModel.from_pretrained(
-                folder, dtype=getattr(torch, config.dtype), local_files_only=True, output_loading_info=True
-            )
+            with quietly("transformers"):  # of the text tower, in hundreds of lines
+                model, info = Siglip2VisionModel.from_pretrained(
+                    folder, dtype=getattr(torch, config.dtype), local_files_only=True, output_loading_info=True
+                )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise wrong_weights(folder, config.kind, str(error)) from error
         # transformers only warns about tensors it did not find and leaves them random.
