@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +75,14 @@ def test_where_there_are_no_direct_writes_the_file_is_the_same(tmp_path, monkeyp
     assert (tmp_path / "f").read_bytes() == expected
 
 
-def test_writes_that_take_a_part_are_continued(tmp_path, monkeypatch):
+def test_a_disk_that_is_slow_and_takes_parts_gets_it_all(tmp_path, monkeypatch):
     real = os.pwrite
-    monkeypatch.setattr("os.pwrite", lambda file, data, position: real(file, data[:BLOCK], position))
+
+    def slow(file: int, data: memoryview, position: int) -> int:
+        time.sleep(0.02)  # meanwhile the next pieces are put together
+        return real(file, data[:BLOCK], position)
+
+    monkeypatch.setattr("os.pwrite", slow)
     expected = write(tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == expected
 
