@@ -142,7 +142,7 @@ class TensorFile:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.damaged(reason(error)) from None
         self._entries: dict[str, dict[str, Any]] = header
-        self._scratch, self._in_scratch = bytearray(DIGEST_OF), -1  # which digest's bytes are there
+        self._held = 0, 0  # bytes of the file that are in the block
         self.digest = hashlib.sha256(text).hexdigest()
 
     def __del__(self) -> None:
@@ -186,34 +186,42 @@ class TensorFile:
         room = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
         while room and self._digests:
             number, before = divmod(position - self._data, DIGEST_OF)
-            whole = 0 if before else min(len(room), _BLOCK_BYTES) // DIGEST_OF
-            part = room[: whole * DIGEST_OF or DIGEST_OF - before]
+            whole = 0 if before else min(len(room), _BLOCK_BYTES) // DIGEST_OF * DIGEST_OF
+            part = room[: whole or DIGEST_OF - before]
             if whole:
                 self._read(position, part)
-                for n in range(whole):
-                    self._check(number + n, part[n * DIGEST_OF : (n + 1) * DIGEST_OF])
+                self._check(number, part)
             else:
-                part[:] = self._checked(number)[before : before + len(part)]
+                part[:] = self._around(position, len(part)).numpy().data
             room, position = room[len(part) :], position + len(part)
         self._read(position, room)
 
-    def _checked(self, number: int) -> memoryview:
-        """All that a digest is of, where a part of it is wanted; kept, as what is read next is often its rest."""
-        first = self._data + number * DIGEST_OF
-        block = memoryview(self._scratch)[: min(DIGEST_OF, self.size - first)]
-        if self._in_scratch != number:
-            self._in_scratch = -1
-            self._read(first, block)
-            self._check(number, block)
-            self._in_scratch = number
-        return block
+    def _around(self, position: int, count: int) -> Tensor:
+        """`count` bytes from `position` on, in a buffer that the next call overwrites. All their digests are checked.
+
+        What was read around them stays there: it is often what is wanted next.
+        """
+        number, before = divmod(position - self._data, DIGEST_OF if self._digests else 1)
+        first, end = position - before, position + count
+        if self._digests:
+            end = min(end + -(end - self._data) % DIGEST_OF, self.size)
+        if not self._held[0] <= first <= end <= self._held[1]:
+            if self._block.numel() < end - first:  # kept: fresh memory costs more than the copy
+                self._block = torch.empty(end - first, dtype=torch.uint8)
+            room, self._held = self._block.numpy().data[: end - first], (0, 0)
+            self._read(first, room)
+            self._check(number, room if self._digests else room[:0])
+            self._held = first, end
+        return self._block[position - self._held[0] :][:count]
 
     def _check(self, number: int, data: memoryview) -> None:
-        if xxh3_64_hexdigest(data) != self._digests[number * _DIGITS : (number + 1) * _DIGITS]:
-            first = self._data + number * DIGEST_OF
-            raise self.damaged(
-                f"bytes {first} to {first + len(data)} are not what was written: they changed on the disk"
-            )
+        """Hold data against its digests, the first of which is `number`."""
+        for begin in range(0, len(data), DIGEST_OF):
+            part, at = data[begin : begin + DIGEST_OF], (number + begin // DIGEST_OF) * _DIGITS
+            if xxh3_64_hexdigest(part) != self._digests[at : at + _DIGITS]:
+                first = self._data + number * DIGEST_OF + begin
+                place = f"bytes {first} to {first + len(part)}"
+                raise self.damaged(f"{place} are not what was written: they changed on the disk")
 
     def _read(self, position: int, room: memoryview) -> None:
         while room:
@@ -232,15 +240,12 @@ class TensorFile:
         """
         rows, columns = target.shape
         at_once = max(1, _BLOCK_BYTES // (pitch * target.element_size()))
-        needed = ((min(rows, at_once) - 1) * pitch + columns) * target.element_size()
-        if self._block.numel() < needed:  # kept: fresh memory costs more than the copy
-            self._block = torch.empty(needed, dtype=torch.uint8)
-        block = self._block[:needed].view(target.dtype)
+        size = target.element_size()
         first = self.position(name, start, (rows - 1) * pitch + columns, target.dtype)
         for row in range(0, rows, at_once):
             count = min(at_once, rows - row)
-            self.read_at(first + row * pitch * target.element_size(), block[: (count - 1) * pitch + columns])
-            target[row : row + count] = block.as_strided((count, columns), (pitch, 1))
+            block = self._around(first + row * pitch * size, ((count - 1) * pitch + columns) * size)
+            target[row : row + count] = block.view(target.dtype).as_strided((count, columns), (pitch, 1))
 
 
 def write_synced(path: Path, text: str) -> None:
