@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 4096  # bytes: of disks and pages
-PIECE = 1 << 23  # bytes at a time: a disk is slower with less, and fresh memory costs time too
+PIECE = 1 << 21  # bytes at a time: no slower than more, which costs fresh memory
 
 
 class DirectFile:
