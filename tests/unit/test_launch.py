@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,17 +16,17 @@ import pytest
 from unicom_dist.config.errors import DataError, HangError, PreflightError, UnicomError
 from unicom_dist.parallel.mesh import environment
 from unicom_dist.testing.tiny import tiny_config
-from unicom_dist.train.launch import _cause, error_path, threads_per_rank
+from unicom_dist.train.launch import _cause, _watch, error_path, log_path, threads_per_rank
 from unicom_dist.train.pipeline import preflight
 from unicom_dist.train.signals import STOP_SIGNALS, StopRequest
 from unicom_dist.train.worker import _report
 
 
-def leave(run_dir, rank: int, kind: str, what: str, at: float) -> None:
+def leave(run_dir, rank: int, kind: str, what: str, at: float, unexpected: bool = False) -> None:
     path = error_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"type": kind, "what": what, "why": "w", "remedy": "r", "docs": "", "time": at}
-    path.write_text(json.dumps(record | {"unexpected": kind == "UnicomError"}))
+    path.write_text(json.dumps(record | {"unexpected": unexpected or kind == "UnicomError"}))
 
 
 def test_a_killed_rank_is_named_before_the_errors_that_followed_from_it(tmp_path):
@@ -32,6 +34,35 @@ def test_a_killed_rank_is_named_before_the_errors_that_followed_from_it(tmp_path
     error = _cause([1, -signal.SIGKILL], tmp_path)
     assert isinstance(error, HangError)
     assert "rank 1 was ended by SIGKILL" in error.what
+
+
+RANK = """
+import faulthandler, signal, sys, time
+faulthandler.register(signal.SIGUSR2)
+def waits_for_the_other():
+    print("ready", flush=True)
+    time.sleep(60)
+waits_for_the_other()
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_collective_that_took_too_long_has_the_other_ranks_write_their_stacks(tmp_path, stopped):
+    """No watchdog has found a hang: the rank that waited in vain ends with status 7 and has no record of one."""
+    leave(tmp_path, 0, "HangError", "a collective did not end", 1.0, unexpected=True)
+    log = log_path(tmp_path, 1)
+    with log.open("wb") as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        waiting = subprocess.Popen([sys.executable, "-c", RANK], stderr=errors, **pipes)
+    with waiting, subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], stdin=subprocess.PIPE) as failed:
+        assert waiting.stdout.readline() == b"ready\n"
+        if stopped:
+            waiting.send_signal(signal.SIGSTOP)
+        failed.wait()
+        with pytest.raises(HangError, match="a collective did not end"):
+            _watch([failed, waiting], tmp_path, [])
+        assert waiting.poll() == -signal.SIGTERM
+    assert "in waits_for_the_other" in log.read_text()
 
 
 def test_an_error_with_a_remedy_is_shown_before_a_vague_one(tmp_path):

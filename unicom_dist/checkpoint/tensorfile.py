@@ -1,7 +1,7 @@
 """Safetensors files written tensor by tensor and read in pieces: memory never holds more than what is asked for.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} padded with spaces,
-the data. Checkpoints also keep a digest of every 128 KiB of data in the header's metadata: what is read is held against
+the data. Checkpoints also keep a digest of every 64 KiB of data in the header's metadata: what is read is held against
 them, so that a byte that changed on the disk or on the way is found.
 Written here because the library's writer wants all tensors at once and turns each into a bytes object first; read here
 because its slices are new tensors, and a checkpoint's bytes belong at their place in a buffer that is there.
@@ -16,20 +16,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
+from unicom_dist.checkpoint.direct import BLOCK, DirectFile
 from unicom_dist.config.errors import CheckpointError
 from unicom_dist.config.storage import reason
 
 _NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ENTRY_BYTES = 224  # of the header, beside the name: eight dimensions and two offsets of thirteen digits fit
-_BLOCK_BYTES = 1 << 20  # read at a time where only parts of rows are wanted
-DIGESTS = "xxh3_64"  # key of the metadata: one after the other, the digests of every ...
-DIGEST_OF = 1 << 17  # ... so many bytes of data: the least that is read where a cut wants less
-WRITE_OF = 1 << 22  # bytes at a time: smaller writes take longer, larger ones leave the cache between digest and write
+_BLOCK_BYTES = 1 << 20  # at a time, so that they are still in the processor's cache for what comes next
+DIGEST_OF = 1 << 16  # bytes of data: the least that is read where a cut wants less
+DIGESTS = f"xxh3_64 of {DIGEST_OF}"  # key of the metadata: the digests of every so many bytes, one after the other
 _DIGITS = 16  # of a digest, hexadecimal
 
 
@@ -48,10 +49,9 @@ class TensorWriter:
             self._header["__metadata__"][DIGESTS] = "0" * _DIGITS * -(-checked // DIGEST_OF)
         entries = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
         room = len(json.dumps(self._header).encode()) + entries
-        self._room = room + -room % 8
+        self._room = room + -(8 + room) % BLOCK
         self._end = 0
-        self._file = path.open("wb")
-        self._file.seek(8 + self._room)
+        self._file = DirectFile(path, 8 + self._room)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor from wherever it is."""
@@ -59,13 +59,12 @@ class TensorWriter:
         shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
         self._header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, self._end]}
         if tensor.numel():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            for begin in range(0, len(data), WRITE_OF):
-                part = data[begin : begin + WRITE_OF]
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            for begin in range(0, len(data), _BLOCK_BYTES):
+                part = data[begin : begin + _BLOCK_BYTES]
                 if self._digests:
-                    self._digests.update(part)
-                self._file.write(part)  # while it is in the processor's cache
+                    self._digests.update(part.data)
+                self._file.append(part)
 
     def __enter__(self) -> Self:
         return self
@@ -80,10 +79,9 @@ class TensorWriter:
                 text = json.dumps(self._header, separators=(",", ":")).encode()
                 if len(text) > self._room:
                     raise ValueError(f"{len(text)} bytes of header, {self._room} reserved")
+                header = self._room.to_bytes(8, "little") + text.ljust(self._room)
                 file.seek(0)
-                file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
-                file.flush()
-                os.fsync(file.fileno())
+                file.append(np.frombuffer(header, np.uint8))
 
 
 class _Digests:
@@ -144,8 +142,7 @@ class TensorFile:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.damaged(reason(error)) from None
         self._entries: dict[str, dict[str, Any]] = header
-        self._whole: set[int] = set()  # numbers of the digests that were seen to be right
-        self._scratch = bytearray()
+        self._held = 0, 0  # bytes of the file that are in the block
         self.digest = hashlib.sha256(text).hexdigest()
 
     def __del__(self) -> None:
@@ -189,25 +186,42 @@ class TensorFile:
         room = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
         while room and self._digests:
             number, before = divmod(position - self._data, DIGEST_OF)
-            part, room = room[: DIGEST_OF - before], room[DIGEST_OF - before :]
-            self._read(position, part)
-            self._check(number, part[: 0 if before else None])
-            position += len(part)
+            whole = 0 if before else min(len(room), _BLOCK_BYTES) // DIGEST_OF * DIGEST_OF
+            part = room[: whole or DIGEST_OF - before]
+            if whole:
+                self._read(position, part)
+                self._check(number, part)
+            else:
+                part[:] = self._around(position, len(part)).numpy().data
+            room, position = room[len(part) :], position + len(part)
         self._read(position, room)
 
+    def _around(self, position: int, count: int) -> Tensor:
+        """`count` bytes from `position` on, in a buffer that the next call overwrites. All their digests are checked.
+
+        What was read around them stays there: it is often what is wanted next.
+        """
+        number, before = divmod(position - self._data, DIGEST_OF if self._digests else 1)
+        first, end = position - before, position + count
+        if self._digests:
+            end = min(end + -(end - self._data) % DIGEST_OF, self.size)
+        if not self._held[0] <= first <= end <= self._held[1]:
+            if self._block.numel() < end - first:  # kept: fresh memory costs more than the copy
+                self._block = torch.empty(end - first, dtype=torch.uint8)
+            room, self._held = self._block.numpy().data[: end - first], (0, 0)
+            self._read(first, room)
+            self._check(number, room if self._digests else room[:0])
+            self._held = first, end
+        return self._block[position - self._held[0] :][:count]
+
     def _check(self, number: int, data: memoryview) -> None:
-        """Hold a digest against what it is of: `data` if that is all of it, else what is read for this, once."""
-        first = self._data + number * DIGEST_OF
-        length = min(DIGEST_OF, self.size - first)
-        if len(data) < length:
-            if number in self._whole:
-                return
-            self._scratch = self._scratch or bytearray(DIGEST_OF)
-            data = memoryview(self._scratch)[:length]
-            self._read(first, data)
-        if xxh3_64_hexdigest(data) != self._digests[number * _DIGITS : (number + 1) * _DIGITS]:
-            raise self.damaged(f"bytes {first} to {first + length} are not what was written: they changed on the disk")
-        self._whole.add(number)
+        """Hold data against its digests, the first of which is `number`."""
+        for begin in range(0, len(data), DIGEST_OF):
+            part, at = data[begin : begin + DIGEST_OF], (number + begin // DIGEST_OF) * _DIGITS
+            if xxh3_64_hexdigest(part) != self._digests[at : at + _DIGITS]:
+                first = self._data + number * DIGEST_OF + begin
+                place = f"bytes {first} to {first + len(part)}"
+                raise self.damaged(f"{place} are not what was written: they changed on the disk")
 
     def _read(self, position: int, room: memoryview) -> None:
         while room:
@@ -226,15 +240,12 @@ class TensorFile:
         """
         rows, columns = target.shape
         at_once = max(1, _BLOCK_BYTES // (pitch * target.element_size()))
-        needed = ((min(rows, at_once) - 1) * pitch + columns) * target.element_size()
-        if self._block.numel() < needed:  # kept: fresh memory costs more than the copy
-            self._block = torch.empty(needed, dtype=torch.uint8)
-        block = self._block[:needed].view(target.dtype)
+        size = target.element_size()
         first = self.position(name, start, (rows - 1) * pitch + columns, target.dtype)
         for row in range(0, rows, at_once):
             count = min(at_once, rows - row)
-            self.read_at(first + row * pitch * target.element_size(), block[: (count - 1) * pitch + columns])
-            target[row : row + count] = block.as_strided((count, columns), (pitch, 1))
+            block = self._around(first + row * pitch * size, ((count - 1) * pitch + columns) * size)
+            target[row : row + count] = block.view(target.dtype).as_strided((count, columns), (pitch, 1))
 
 
 def write_synced(path: Path, text: str) -> None:

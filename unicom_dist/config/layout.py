@@ -131,8 +131,15 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def _tensor_parallel(prior: "PriorConfig") -> str:
+    """The tp of which no rule refuses any."""
+    heads, kv = prior.heads, prior.kv_heads
+    works = [n for n in divisors(heads) if (kv % n == 0 or n % kv == 0) and prior.ffn % n == 0]
+    return f"parallel.tp = one of {_among(works)}"
+
+
 def _among(values: list[int]) -> str:
-    return ", ".join(str(value) for value in values) or "nothing"
+    return ", ".join(str(value) for value in values)
 
 
 def _world(r: Request) -> Refusal | None:
@@ -155,7 +162,7 @@ def _heads(r: Request) -> Refusal | None:
     return Refusal(
         f"parallel.tp = {r.parallel.tp}",
         f"the {r.prior.heads} attention heads do not divide among that many ranks",
-        f"parallel.tp = one of {_among(divisors(r.prior.heads))}",
+        _tensor_parallel(r.prior),
     )
 
 
@@ -163,28 +170,28 @@ def _kv_heads(r: Request) -> Refusal | None:
     tp, kv = r.parallel.tp, r.prior.kv_heads
     if kv % tp == 0 or tp % kv == 0:
         return None
-    works = [n for n in divisors(r.prior.heads) if kv % n == 0 or n % kv == 0]
     return Refusal(
         f"parallel.tp = {tp}",
         f"the {kv} key-value heads can neither be dealt out to {tp} ranks nor copied equally often",
-        f"parallel.tp = one of {_among(works)}",
+        _tensor_parallel(r.prior),
     )
 
 
 def _ffn(r: Request) -> Refusal | None:
     if r.prior.ffn % r.parallel.tp == 0:
         return None
-    works = [n for n in divisors(r.prior.heads) if r.prior.ffn % n == 0]
     return Refusal(
         f"parallel.tp = {r.parallel.tp}",
         f"the MLP's width prior.ffn = {r.prior.ffn} does not divide by it",
-        f"parallel.tp = one of {_among(works)}",
+        _tensor_parallel(r.prior),
     )
 
 
 def _ulysses(r: Request) -> Refusal | None:
     tp, u = r.parallel.tp, r.parallel.ulysses
     heads, kv = r.prior.heads // tp, max(1, r.prior.kv_heads // tp)
+    if r.prior.heads % tp:  # refused for that
+        return None
     if heads % u == 0 and (kv % u == 0 or u % kv == 0):
         return None
     works = [n for n in divisors(heads) if kv % n == 0 or n % kv == 0]
