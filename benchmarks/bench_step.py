@@ -153,7 +153,7 @@ def ours(config: Config, batch: PackedBatch) -> Method:
     mesh = init_mesh(config.layout(stage, 1), 60)
     task = make_task(config, stage)
     engine = make_engine(task, config, stage, mesh)
-    ema = Ema(engine.state()["weight"], stage.ema)
+    ema = Ema(engine.state(), stage.ema)
     store: Any = None
     loader: Any = Same(batch)
     dog = Watchdog()
