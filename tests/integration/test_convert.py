@@ -260,13 +260,13 @@ def test_memory_of_conversion_is_that_of_the_largest_tensor(tmp_path):
     write_tiny_assets(tmp_path)
     config = tiny_config(tmp_path, prior={"hidden": 256, "ffn": 1024, "layers": 24, "heads": 4, "kv_heads": 2})
     write_tiny_weights(config)
-    rows, content = 8192, json.loads((Path(config.run_dir) / "weights" / STAGE / "config.json").read_text())
+    rows, content = 16384, json.loads((Path(config.run_dir) / "weights" / STAGE / "config.json").read_text())
     Vocabulary.full(config.prior.tokenizer, rows).save(Path(config.run_dir) / "vocabulary.json")
     weights = tensors_of(Transfusion(config.prior, rows, content["latent_channels"], content["feature_channels"]))
     largest, total = (f(t.nbytes for t in weights.values()) for f in (max, sum))
     checkpoint = write_checkpoint(config, dict.fromkeys(KINDS, weights), content)
-    assert largest == 8 << 20
-    assert total > 10 * largest
+    assert largest == 16 << 20  # much more than what a process takes and keeps by itself
+    assert total > 6 * largest
     del weights
     for convert in (
         lambda: reshard(checkpoint, tmp_path / "step-000001", Layout(tp=2, pp=2)),
@@ -279,7 +279,7 @@ def test_memory_of_conversion_is_that_of_the_largest_tensor(tmp_path):
                 path.rename(tmp_path / f"{path.name}-{len(list(tmp_path.iterdir()))}")
         before = reset_peak()
         convert()
-        assert status_bytes("VmHWM") - before < 2.5 * largest  # one tensor, and its bfloat16 copy
+        assert status_bytes("VmHWM") - before < 2.5 * largest  # one tensor, its bfloat16 copy, what the writer gathers
 
 
 def damage(path: Path) -> None:
