@@ -151,10 +151,11 @@ def test_tars_hold_the_same_pictures_and_lost_ones_come_back(config: Config, pro
 
 
 DRIVER = """
-import sys
+import signal, sys
 from pathlib import Path
 from pipelines import generate
 from pipelines.generate import Settings
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell started in the background
 model, prompts, out, form, workers = sys.argv[1:]
 settings = Settings(steps=3, decoder_steps=3)
 generate.run(model, Path(prompts), Path(out), settings, form, 1, int(workers), shard_samples=5)
