@@ -258,7 +258,7 @@ def status_bytes(field: str) -> int:
 
 def test_memory_of_conversion_is_that_of_the_largest_tensor(tmp_path):
     write_tiny_assets(tmp_path)
-    config = tiny_config(tmp_path, prior={"hidden": 256, "ffn": 1024, "layers": 24, "heads": 4, "kv_heads": 2})
+    config = tiny_config(tmp_path, prior={"hidden": 256, "ffn": 1024, "layers": 44, "heads": 4, "kv_heads": 2})
     write_tiny_weights(config)
     rows, content = 16384, json.loads((Path(config.run_dir) / "weights" / STAGE / "config.json").read_text())
     Vocabulary.full(config.prior.tokenizer, rows).save(Path(config.run_dir) / "vocabulary.json")
@@ -266,7 +266,7 @@ def test_memory_of_conversion_is_that_of_the_largest_tensor(tmp_path):
     largest, total = (f(t.nbytes for t in weights.values()) for f in (max, sum))
     checkpoint = write_checkpoint(config, dict.fromkeys(KINDS, weights), content)
     assert largest == 16 << 20  # much more than what a process takes and keeps by itself
-    assert total > 6 * largest
+    assert total > 10 * largest
     del weights
     for convert in (
         lambda: reshard(checkpoint, tmp_path / "step-000001", Layout(tp=2, pp=2)),

@@ -24,8 +24,8 @@ READ = [
 
 @pytest.fixture
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint with a digest for so few bytes that they begin and end within tensors."""
-    monkeypatch.setattr(tensorfile, "DIGEST_OF", 68)
+    """A checkpoint with a digest for so few bytes that they begin and end within tensors and within numbers."""
+    monkeypatch.setattr(tensorfile, "DIGEST_OF", 70)
     save_all(tmp_path, WRITTEN, 1)
     save_all(tmp_path, WRITTEN, 2)
     return latest(tmp_path)

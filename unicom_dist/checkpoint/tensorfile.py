@@ -72,16 +72,18 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._file.__exit__(kind, error, trace)
+            return
         with self._file as file:
-            if error is None:
-                if self._digests:
-                    self._header["__metadata__"][DIGESTS] = self._digests.text()
-                text = json.dumps(self._header, separators=(",", ":")).encode()
-                if len(text) > self._room:
-                    raise ValueError(f"{len(text)} bytes of header, {self._room} reserved")
-                header = self._room.to_bytes(8, "little") + text.ljust(self._room)
-                file.seek(0)
-                file.append(np.frombuffer(header, np.uint8))
+            if self._digests:
+                self._header["__metadata__"][DIGESTS] = self._digests.text()
+            text = json.dumps(self._header, separators=(",", ":")).encode()
+            if len(text) > self._room:
+                raise ValueError(f"{len(text)} bytes of header, {self._room} reserved")
+            header = self._room.to_bytes(8, "little") + text.ljust(self._room)
+            file.seek(0)
+            file.append(np.frombuffer(header, np.uint8))
 
 
 class _Digests:
@@ -245,6 +247,8 @@ class TensorFile:
         for row in range(0, rows, at_once):
             count = min(at_once, rows - row)
             block = self._around(first + row * pitch * size, ((count - 1) * pitch + columns) * size)
+            if block.storage_offset() % size:  # what was read with it began within a number
+                block = block.clone()
             target[row : row + count] = block.view(target.dtype).as_strided((count, columns), (pitch, 1))
 
 
