@@ -189,9 +189,9 @@ def _ffn(r: Request) -> Refusal | None:
 
 def _ulysses(r: Request) -> Refusal | None:
     tp, u = r.parallel.tp, r.parallel.ulysses
-    heads, kv = r.prior.heads // tp, max(1, r.prior.kv_heads // tp)
     if r.prior.heads % tp:  # refused for that
         return None
+    heads, kv = r.prior.heads // tp, max(1, r.prior.kv_heads // tp)
     if heads % u == 0 and (kv % u == 0 or u % kv == 0):
         return None
     works = [n for n in divisors(heads) if kv % n == 0 or n % kv == 0]

@@ -143,14 +143,17 @@ def _cost(piece: Piece) -> float:
     return CALL + _pair(queries) * queries * piece.seen
 
 
+def _cost_square(length: int) -> float:
+    return MASKED * _pair(length) * length * length
+
+
 def _cost_whole(length: int) -> float:
     padding = 2 / (1 + SHORTEST_IN_BATCH)
-    return MASKED * _pair(length) * padding * length * length
+    return padding * _cost_square(length)
 
 
 def _cost_batch(batch: Sequence[Document]) -> float:
-    longest = batch[0].length
-    return (CALL if len(batch) == 1 else BATCH) + MASKED * _pair(longest) * len(batch) * longest * longest
+    return (CALL if len(batch) == 1 else BATCH) + len(batch) * _cost_square(batch[0].length)
 
 
 @lru_cache(maxsize=1 << 16)
