@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
@@ -125,7 +126,7 @@ class TensorFile:
 
     def __init__(self, path: Path, remedy: str = "") -> None:
         self.path, self._descriptor = path, -1
-        self._block = torch.empty(0, dtype=torch.uint8)
+        self._block = np.empty(0, np.uint8)
         self._remedy = remedy or f"remove {path.parent} to continue from the checkpoint before it"
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
@@ -194,11 +195,11 @@ class TensorFile:
                 self._read(position, part)
                 self._check(number, part)
             else:
-                part[:] = self._around(position, len(part)).numpy().data
+                part[:] = self._around(position, len(part)).data
             room, position = room[len(part) :], position + len(part)
         self._read(position, room)
 
-    def _around(self, position: int, count: int) -> Tensor:
+    def _around(self, position: int, count: int) -> NDArray[np.uint8]:
         """`count` bytes from `position` on, in a buffer that the next call overwrites. All their digests are checked.
 
         What was read around them stays there: it is often what is wanted next.
@@ -208,9 +209,9 @@ class TensorFile:
         if self._digests:
             end = min(end + -(end - self._data) % DIGEST_OF, self.size)
         if not self._held[0] <= first <= end <= self._held[1]:
-            if self._block.numel() < end - first:  # kept: fresh memory costs more than the copy
-                self._block = torch.empty(end - first, dtype=torch.uint8)
-            room, self._held = self._block.numpy().data[: end - first], (0, 0)
+            if self._block.size < end - first:  # kept: fresh memory costs more than the copy
+                self._block = np.empty(end - first, np.uint8)
+            room, self._held = self._block.data[: end - first], (0, 0)
             self._read(first, room)
             self._check(number, room if self._digests else room[:0])
             self._held = first, end
@@ -242,14 +243,13 @@ class TensorFile:
         """
         rows, columns = target.shape
         at_once = max(1, _BLOCK_BYTES // (pitch * target.element_size()))
-        size = target.element_size()
         first = self.position(name, start, (rows - 1) * pitch + columns, target.dtype)
+        place = target.view(torch.uint8).numpy()  # bytes: what is read need not begin where a number could
+        width, step = place.shape[1], pitch * target.element_size()
         for row in range(0, rows, at_once):
             count = min(at_once, rows - row)
-            block = self._around(first + row * pitch * size, ((count - 1) * pitch + columns) * size)
-            if block.storage_offset() % size:  # what was read with it began within a number
-                block = block.clone()
-            target[row : row + count] = block.view(target.dtype).as_strided((count, columns), (pitch, 1))
+            block = self._around(first + row * step, (count - 1) * step + width)
+            place[row : row + count] = np.ndarray((count, width), np.uint8, block, strides=(step, 1))
 
 
 def write_synced(path: Path, text: str) -> None:
