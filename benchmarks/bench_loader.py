@@ -265,7 +265,7 @@ def resume_times(loader: PriorLoader, start: dict[str, Any], rounds: int) -> dic
     methods = {}
     for consumed in (0, 10**4, 10**8, 10**12):
         state = json.loads(json.dumps(start))
-        state["ordinals"] = {task: n + consumed for task, n in state["ordinals"].items()}
+        state["drawn"] = {task: n + consumed for task, n in state["drawn"].items()}
         state["counts"] = {task: n + consumed for task, n in state["counts"].items()}
         state["open_rows"] = [[[task, n + consumed] for task, n in row] for row in state["open_rows"]]
         methods[f"{consumed:.0e}"] = partial(once, state)

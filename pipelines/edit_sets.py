@@ -17,15 +17,13 @@ from typing import Any
 from pipelines.edits import KINDS, Edit, Kind, Subject, make_edit
 from pipelines.pictures import Stored
 from pipelines.progress import JobProgress
-from pipelines.shard_sets import SetSummary, existing, fingerprint
+from pipelines.shard_sets import SetSummary, existing, fingerprint, write_shard
 from unicom_dist.config.errors import DataError
 from unicom_dist.config.schema import EDITS, Config, held_out_set
 from unicom_dist.data.decode import decode_image
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.pairs import captions_of, image_of
 from unicom_dist.data.shardset import ShardSet
-from unicom_dist.data.sizes import shard_sizes
-from unicom_dist.data.tar import ShardEntry, ShardWriter
 
 log = logging.getLogger(__name__)
 HELD_OUT_PART = 5  # training edits for each held-out one
@@ -63,19 +61,11 @@ def _write(folder: Path, pairs: ShardSet, count: int, producer: dict[str, Any]) 
             batch = list(itertools.islice(stored, producer["shard_samples"]))
             if not batch:
                 break
-            manifest.shards.append(_shard(folder, f"edits-{number:06d}.tar", batch))
+            manifest.shards.append(write_shard(folder, f"edits-{number:06d}.tar", batch))
             progress.update(manifest.samples)
     if manifest.samples < count:
         log.warning("%s: %d edits, as many as the pictures of %s give", folder, manifest.samples, pairs.folder)
     manifest.write(folder)
-
-
-def _shard(folder: Path, name: str, samples: list[Stored]) -> ShardEntry:
-    with ShardWriter(folder / name) as writer:
-        for sample in samples:
-            writer.write(sample.key, sample.members)
-    shard_sizes(folder, writer.entry)
-    return writer.entry
 
 
 def made(pairs: ShardSet, count: int, skipped: dict[str, str]) -> Iterator[Stored]:

@@ -1,11 +1,12 @@
 """`unicom data ingest`: a source into the shard sets train/, augmented/ and heldout/ in `data.path`, and their edits.
 
+Or into one of `data.sets` and its held-out one. What is not pairs is made by `text_sets`.
+
 Pictures are prepared by a process per core, in key order, and written by this process alone. Which keys are held out
 follows from a hash of the key. A set is finished when its manifest is there: an interrupted one is started again, a
 finished set is not made again, and a set that was made with other settings is refused.
 """
 
-import hashlib
 import itertools
 import logging
 import multiprocessing
@@ -23,10 +24,11 @@ from pipelines.edit_sets import write_edit_sets
 from pipelines.parts import reason_of
 from pipelines.pictures import Stored, make_views
 from pipelines.progress import JobProgress
-from pipelines.shard_sets import SetSummary, existing, fingerprint
+from pipelines.shard_sets import SetSummary, check_bad, existing, fingerprint, is_held_out
 from pipelines.sources import Record, Source, open_source
-from unicom_dist.config.errors import DataError, PreflightError
-from unicom_dist.config.schema import Config, DataConfig
+from pipelines.text_sets import write_text_sets
+from unicom_dist.config.errors import ConfigError, DataError, PreflightError
+from unicom_dist.config.schema import TRAIN, Config, held_out_set
 from unicom_dist.config.storage import make_folder
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.sizes import shard_sizes
@@ -38,27 +40,32 @@ CHUNK = 16  # pictures a worker process prepares at a time
 BYTES_PER_PIXEL = 1.2  # lossless WebP of photographs; an upper estimate for drawings
 
 
-def is_held_out(key: str, share: float) -> bool:
-    """Whether a key is kept for evaluation: the first 8 bytes of its sha256 as a fraction are below `share`."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2**64
-
-
-def run(config: Config, assets: str | Path = "assets", workers: int = 0) -> list[SetSummary]:
+def run(config: Config, assets: str | Path = "assets", workers: int = 0, name: str = TRAIN) -> list[SetSummary]:
     """Write the shard sets of `config.data` and return what each holds. `workers`: processes, 0 = one per core.
 
-    ConfigError: no such source. DataError: nothing usable, too many bad samples, sets of another source or other
-    settings are there. PreflightError: the folder cannot be written or is too small.
+    `name`: of the set to make of `data.source`. ConfigError: no such source or set. DataError: nothing usable, too many
+    bad samples, sets of another source or other settings are there. PreflightError: the folder cannot be written or is
+    too small.
     """
     data = config.data
+    if name not in data.kinds:
+        raise ConfigError(
+            f"--set {name}",
+            f"the recipe has the sets {', '.join(data.kinds)}",
+            f"name it with what it holds, such as data.sets.{name}=pairs, in the recipe or after this command",
+            DOCS,
+        )
+    if data.kinds[name] != "pairs":
+        return write_text_sets(data, name)
     source = open_source(data, assets)
     target = Path(data.path)
     held = [record for record in source.records if is_held_out(record.key, data.held_out)]
     train = [record for record in source.records if not is_held_out(record.key, data.held_out)]
-    plan: list[tuple[str, list[Record], range]] = [("train", train, range(1))]
-    if data.augmented_views:
+    plan: list[tuple[str, list[Record], range]] = [(name, train, range(1))]
+    if data.augmented_views and name == TRAIN:
         plan.append(("augmented", train, range(1, data.augmented_views + 1)))
-    plan.append(("heldout", held, range(1)))
-    _check_bad(source.skipped, len(source.records) + len(source.skipped), data, "in the source")
+    plan.append((held_out_set(name), held, range(1)))
+    check_bad(source.skipped, len(source.records) + len(source.skipped), data, "in the source")
     views_each = f", {data.augmented_views} augmented views each" if data.augmented_views else ""
     log.info(
         "%s: %d captioned pictures, %d to train%s, %d held out",
@@ -69,22 +76,22 @@ def run(config: Config, assets: str | Path = "assets", workers: int = 0) -> list
         len(held),
     )
     todo = []
-    for name, records, views in plan:
-        manifest = existing(target / name, _producer(source, name, views, config))
+    for each, records, views in plan:
+        manifest = existing(target / each, _producer(source, each, views, config))
         if manifest is None:
-            todo.append((name, records, views))
+            todo.append((each, records, views))
     pictures = sum(len(records) * len(views) for _, records, views in todo)
     if pictures:
         _check_room(target, pictures * data.image_px**2 * BYTES_PER_PIXEL)
     if todo:
         with _Pool(workers) as pool:
-            for name, records, views in todo:
-                _write_set(pool, source, name, records, views, config)
+            for each, records, views in todo:
+                _write_set(pool, source, each, records, views, config)
     summaries = []
-    for name, _, _ in plan:
-        summaries.append(SetSummary.of(target / name, name not in {done for done, _, _ in todo}))
+    for each, _, _ in plan:
+        summaries.append(SetSummary.of(target / each, each not in {done for done, _, _ in todo}))
         log.info("%s", summaries[-1].line())
-    if data.edits:
+    if data.edits and name == TRAIN:
         summaries += write_edit_sets(config)
     return summaries
 
@@ -116,17 +123,6 @@ def _check_room(target: Path, needed: float) -> None:
         )
 
 
-def _check_bad(bad: dict[str, str], total: int, data: DataConfig, where: str) -> None:
-    if len(bad) > data.max_bad_fraction * total:
-        some = "; ".join(f"{key}: {reason}" for key, reason in itertools.islice(bad.items(), 5))
-        raise DataError(
-            f"{len(bad)} of {total} samples {where} are unusable, data.max_bad_fraction = {data.max_bad_fraction}",
-            some,
-            "mend or remove them, or raise data.max_bad_fraction to skip that many",
-            DOCS,
-        )
-
-
 def _write_set(
     pool: "_Pool", source: Source, name: str, records: Sequence[Record], views: range, config: Config
 ) -> None:
@@ -136,7 +132,7 @@ def _write_set(
     Manifest.file(folder).unlink(missing_ok=True)
     for stale in itertools.chain(folder.glob(f"{source.name}-[0-9]*.tar"), folder.glob("*.tmp")):
         stale.unlink()
-    skipped = dict(source.skipped) if name == "train" else {}
+    skipped = dict(source.skipped) if name in data.pairs else {}
     bad: dict[str, str] = {}
     entries: list[ShardEntry] = []
     samples = 0
@@ -146,7 +142,7 @@ def _write_set(
             for number, (record, result) in enumerate(zip(records, pool.map(records, views, config), strict=True), 1):
                 if isinstance(result, str):
                     bad[record.key] = result
-                    _check_bad(bad, len(records), data, f"of {name}")
+                    check_bad(bad, len(records), data, f"of {name}")
                 else:
                     yield from result
                 progress.update(number * len(views))
@@ -163,7 +159,7 @@ def _write_set(
         entries.append(writer.entry)
         shard_sizes(folder, writer.entry)
         samples += writer.entry.samples
-    if not samples and name != "heldout":
+    if not samples and name in data.pairs:
         raise DataError(f"{folder}: no sample is left", f"{len(bad)} were skipped", "check the source", DOCS)
     producer = _producer(source, name, views, config)
     manifest = Manifest(fingerprint=fingerprint(producer), producer=producer, shards=entries, skipped=skipped | bad)

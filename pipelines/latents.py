@@ -52,7 +52,7 @@ from unicom_dist.models.encoders.base import fingerprint as fingerprint_of
 
 log = logging.getLogger(__name__)
 PART, FEATURES = "latent", "features"
-SETS = ("train", "heldout")  # the prior reads these, and conversations; augmented views serve the codec
+SETS = ("train", "heldout")  # the prior reads these, and further sets; augmented views serve the codec
 IMAGES_PER_WORKER = 512  # an actor for fewer costs more than it saves
 STD_FLOOR = 1e-4  # a dead channel must not turn into infinities
 DOCS = "docs/data.md"
@@ -205,7 +205,7 @@ def run(config: Config, on_state: Callable[[str], None] = lambda state: None) ->
         manifests = [write_manifest(part, ledger, fingerprint, producer) for part in sets]
         images = sum(task.samples for part in sets for task in part.tasks)
         check_bad(config.data.max_bad_fraction, manifests, images, "run `unicom features run` again")
-        measured = _statistics(sets, ledger)
+        measured = _statistics(sets, config.data.pairs, ledger)
     stats = measured if config.codec.latent_scale == "channel" else measured.shared()
     replace_file(target / "stats.json", (json.dumps(stats.to_json(), indent=1) + "\n").encode())
     if settings.get("stats") != stats.to_json():
@@ -263,10 +263,9 @@ def _forget_other_codecs(sets: Sequence[PartSet], ledger: Ledger, fingerprint: s
             manifest.unlink()
 
 
-def _statistics(sets: Sequence[PartSet], ledger: Ledger) -> LatentStats:
-    """Per-channel mean and std over the training set, shard sums merged in shard order."""
-    train = next((part for part in sets if part.name == "train"), sets[0])
-    sums = [ledger.done[task.name]["extra"] for task in train.tasks]
+def _statistics(sets: Sequence[PartSet], pairs: Sequence[str], ledger: Ledger) -> LatentStats:
+    """Per-channel mean and std over the training pairs, shard sums merged in shard order."""
+    sums = [ledger.done[task.name]["extra"] for part in sets if part.name in pairs for task in part.tasks]
     count, mean, moment = merge_moments([(s["count"], _double(s["mean"]), _double(s["moment"])) for s in sums])
     if not count:
         raise DataError("there is no latent to take statistics of", "every image was skipped", "check the codec", DOCS)

@@ -1,7 +1,7 @@
 """What features and latents share: which shards of a set are still to be made, and the manifest when all are.
 
 A shard of a part is finished when the ledger says so for the same producer and the same images, and the file has the
-size noted there. Sets are the folders train/, augmented/ and heldout/ below `data.path`, and those of conversations.
+size noted there. Sets are the folders train/, augmented/ and heldout/ below `data.path`, and those of `data.sets`.
 """
 
 import itertools
@@ -25,7 +25,7 @@ SETS = ("train", "augmented", "heldout")
 
 
 def further_sets(config: Config) -> list[str]:
-    """The sets of conversations whose samples have images of their own. DataError: a damaged shard."""
+    """The sets beside train whose samples have images of their own. DataError: a damaged shard."""
     root = Path(config.data.path)
     there = [name for name in config.data.further_sets if Manifest.file(root / name).is_file()]
     return [name for name in there if _has_images(ShardSet(root / name))]

@@ -38,16 +38,10 @@ def read_picture(record: Record) -> Image.Image:
 
 def make_views(record: Record, views: range, image_px: int, seed: int) -> list[Stored]:
     """The stored samples of `views` of one record. DataError, in a few words, if the picture cannot be used."""
-    picture = read_picture(record)
-    scale = image_px / max(picture.size)
-    if scale < 1:
-        size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    picture = _reduced(record, image_px)
     stored = []
     for view in views:
         image = _over(picture, (255, 255, 255)) if view == 0 else augment(picture, record, view, seed)
-        buffer = io.BytesIO()
-        image.save(buffer, "webp", lossless=True, quality=20, method=0)
         caption = {
             "caption": record.captions[0],
             "captions": list(record.captions[1:]),
@@ -55,10 +49,29 @@ def make_views(record: Record, views: range, image_px: int, seed: int) -> list[S
             "view": view,
         }
         key = record.key if view == 0 else f"{record.key}-v{view}"
-        stored.append(
-            Stored(key, {"webp": buffer.getvalue(), "json": json.dumps(caption, ensure_ascii=False).encode()})
-        )
+        stored.append(Stored(key, {"webp": _encoded(image), "json": json.dumps(caption, ensure_ascii=False).encode()}))
     return stored
+
+
+def stored_picture(record: Record, image_px: int) -> bytes:
+    """The picture of view 0 alone. DataError as `make_views`."""
+    return _encoded(_over(_reduced(record, image_px), (255, 255, 255)))
+
+
+def _reduced(record: Record, image_px: int) -> Image.Image:
+    """With no side longer than `image_px`."""
+    picture = read_picture(record)
+    scale = image_px / max(picture.size)
+    if scale < 1:
+        size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    return picture
+
+
+def _encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "webp", lossless=True, quality=20, method=0)
+    return buffer.getvalue()
 
 
 def augment(picture: Image.Image, record: Record, view: int, seed: int) -> Image.Image:

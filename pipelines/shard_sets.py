@@ -3,12 +3,17 @@
 import hashlib
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.pictures import Stored
 from unicom_dist.config.errors import DataError
+from unicom_dist.config.schema import DataConfig
 from unicom_dist.data.manifest import Manifest
+from unicom_dist.data.sizes import shard_sizes
+from unicom_dist.data.tar import ShardEntry, ShardWriter
 
 log = logging.getLogger(__name__)
 DOCS = "docs/data.md"
@@ -39,6 +44,32 @@ class SetSummary:
             some = "; ".join(f"{key}: {reason}" for key, reason in itertools.islice(self.skipped.items(), 3))
             text += f"; {len(self.skipped)} skipped ({some}{'; …' if len(self.skipped) > 3 else ''})"
         return text
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a key is kept for evaluation: the first 8 bytes of its sha256 as a fraction are below `share`."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2**64
+
+
+def check_bad(bad: dict[str, str], total: int, data: DataConfig, where: str) -> None:
+    """DataError when more than the share data.max_bad_fraction of `total` samples is `bad` {key: reason}."""
+    if len(bad) > data.max_bad_fraction * total:
+        some = "; ".join(f"{key}: {reason}" for key, reason in itertools.islice(bad.items(), 5))
+        raise DataError(
+            f"{len(bad)} of {total} samples {where} are unusable, data.max_bad_fraction = {data.max_bad_fraction}",
+            some,
+            "mend or remove them, or raise data.max_bad_fraction to skip that many",
+            DOCS,
+        )
+
+
+def write_shard(folder: Path, name: str, samples: Sequence[Stored]) -> ShardEntry:
+    """One shard and what belongs to it, for the manifest."""
+    with ShardWriter(folder / name) as writer:
+        for sample in samples:
+            writer.write(sample.key, sample.members)
+    shard_sizes(folder, writer.entry)
+    return writer.entry
 
 
 def fingerprint(producer: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from unicom_dist.data.tar import Shard
 DOCS = "docs/data.md"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-_PATH_COLUMNS = ("path", "image", "file", "file_name", "filename")
+PATH_COLUMNS = ("path", "image", "file", "file_name", "filename")
 _CAPTION_COLUMNS = ("caption", "text", "captions")
 # A mirrored picture contradicts these captions, or shows mirrored writing.
 _SIDED = re.compile(
@@ -81,13 +81,13 @@ def open_source(config: DataConfig, assets: str | Path = "assets") -> Source:
         source = Source("fluent-emoji")
         pairs = _fluent_emoji(Path(assets) / "fluent-emoji", config.languages)
     elif Path(where).is_dir():
-        source = Source(_slug(Path(where).resolve().name))
+        source = Source(slug(Path(where).resolve().name))
         pairs = _folder(Path(where))
     elif Path(where).suffix in TABLE_SUFFIXES and Path(where).is_file():
-        source = Source(_slug(Path(where).stem))
+        source = Source(slug(Path(where).stem))
         pairs = _table(Path(where))
     elif where.endswith(".tar") and glob.glob(where, recursive=True):
-        source = Source(_slug(Path(where).resolve().parent.name or "tars"))
+        source = Source(slug(Path(where).resolve().parent.name or "tars"))
         pairs = _tars(sorted(glob.glob(where, recursive=True)))
     else:
         raise ConfigError(
@@ -138,14 +138,14 @@ def _skip(source: Source, key: str, reason: str) -> None:
     source.skipped[name] = reason
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """A name for files and keys: ASCII letters, digits, - and _; anything else becomes _."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_-") or "source"
 
 
 def key_of(stem: str) -> str:
     """Key of a picture from its path without extension. Long or non-ASCII ones end in a digest: tar names are short."""
-    key = _slug(stem)
+    key = slug(stem)
     if len(key) > 72 or key.startswith("__") or not stem.isascii():
         key = f"{key[:56]}-{hashlib.sha256(stem.encode()).hexdigest()[:12]}"
     return key
@@ -211,13 +211,13 @@ def _table(path: Path) -> Iterator[Record]:
     Several rows of one picture are further captions of it.
     """
     rows: dict[str, tuple[str, list[str]]] = {}
-    for number, row in enumerate(_rows(path), 1):
+    for number, row in enumerate(table_rows(path), 1):
         columns = {str(name).strip().lower(): value for name, value in row.items() if name is not None}
-        image = next((columns[name] for name in _PATH_COLUMNS if columns.get(name)), None)
-        if not any(name in columns for name in _PATH_COLUMNS) or not any(name in columns for name in _CAPTION_COLUMNS):
+        image = next((columns[name] for name in PATH_COLUMNS if columns.get(name)), None)
+        if not any(name in columns for name in PATH_COLUMNS) or not any(name in columns for name in _CAPTION_COLUMNS):
             raise DataError(
                 f"{path}: columns {', '.join(columns) or 'none'}",
-                f"needed: the picture's file ({', '.join(_PATH_COLUMNS)}), its caption ({', '.join(_CAPTION_COLUMNS)})",
+                f"needed: the picture's file ({', '.join(PATH_COLUMNS)}), its caption ({', '.join(_CAPTION_COLUMNS)})",
                 "rename the columns",
                 DOCS,
             )
@@ -225,13 +225,14 @@ def _table(path: Path) -> Iterator[Record]:
         captions = [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
         name = str(image or f"row-{number}")
         key = str(columns["key"]) if columns.get("key") else key_of(PurePosixPath(name).with_suffix("").as_posix())
-        rows.setdefault(name, (_slug(key), []))[1].extend(captions)
+        rows.setdefault(name, (slug(key), []))[1].extend(captions)
     for name, (key, captions) in rows.items():
         file = path.parent / name
         yield Record(key, tuple(captions), "", str(file), size=file.stat().st_size if file.is_file() else -1)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def table_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a table, one at a time. DataError: it cannot be read."""
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet as parquet

@@ -93,6 +93,7 @@ def packed(samples: Sequence[Row], size: Size, seed: int) -> PackedBatch:
         feature_grid=grids["full"],
         keys=[str(n) for n in range(len(samples))],
         tasks=["interleaved"] * len(samples),
+        sources=["train"] * len(samples),
         label_sample=torch.tensor(label_sample),
         latent_sample=torch.tensor(latent_sample, dtype=torch.int64),
     )

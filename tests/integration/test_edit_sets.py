@@ -15,7 +15,7 @@ from unicom_dist.data.loader import (
     PriorLoader,
     build_vocabulary,
     heldout_conversation_batches,
-    heldout_conversations,
+    heldout_sets,
 )
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.pairs import conversation_of, open_set
@@ -35,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     write_tiny_assets(folder, pictures=36)
     made = tiny_config(
         folder,
-        data={"edits": 24, "conversations": {"edits": "image_text_to_image"}},
+        data={"edits": 24, "sets": {"edits": "image_text_to_image"}},
         stages={"pretrain": {"mixture": ONLY_EDITS, "row_positions": 512, "batch": 2, "micro_batches": 1}},
     )
     ingest.run(made, workers=1)
@@ -82,7 +82,7 @@ def test_edits_are_made_once_and_refused_with_other_settings(config: Config, tmp
 
 def test_jobs_cover_them_and_leave_sets_without_images_alone(config: Config) -> None:
     assert parts.further_sets(config) == ["edits", "edits-heldout"]
-    talks = {"conversations": {"edits": "image_text_to_image", "talks": "interleaved"}}
+    talks = {"sets": {"edits": "image_text_to_image", "talks": "interleaved"}}
     named = config.model_copy(update={"data": config.data.model_copy(update=talks)})
     folder = Path(config.data.path) / "talks"
     with ShardWriter(folder / "talks-000000.tar") as writer:
@@ -99,7 +99,7 @@ def test_jobs_cover_them_and_leave_sets_without_images_alone(config: Config) -> 
 
 def test_the_trimmed_vocabulary_spells_instructions_without_bytes(config: Config) -> None:
     trimmed = config.model_copy(update={"prior": config.prior.model_copy(update={"vocabulary": "trimmed"})})
-    without = trimmed.model_copy(update={"data": trimmed.data.model_copy(update={"conversations": {}})})
+    without = trimmed.model_copy(update={"data": trimmed.data.model_copy(update={"sets": {}})})
     said = conversation_of(ShardSet(Path(config.data.path) / "edits")[0]).texts[0]
     assert len(build_vocabulary(trimmed).encode(said)) <= len(build_vocabulary(without).encode(said))
     assert build_vocabulary(trimmed).size > build_vocabulary(without).size
@@ -118,9 +118,9 @@ def test_training_reads_references_and_targets_of_training_pictures_only(encoded
 
 
 def test_held_out_edits_are_batches_at_a_fixed_time(encoded: Config) -> None:
-    assert heldout_conversations(encoded) == {"edits-heldout": "image_text_to_image"}
+    assert heldout_sets(encoded) == {"edits": "image_text_to_image"}
     vocabulary = build_vocabulary(encoded)
-    batches = list(heldout_conversation_batches(encoded, "edits-heldout", vocabulary, STATS, 0.3, 64))
+    batches = list(heldout_conversation_batches(encoded, "edits", vocabulary, STATS, 0.3, 64))
     edits = open_set(encoded, "edits-heldout", latents=True)
     assert [key for batch in batches for key in batch.keys] == list(edits.keys())
     for batch in batches:
@@ -128,7 +128,7 @@ def test_held_out_edits_are_batches_at_a_fixed_time(encoded: Config) -> None:
         drawn[batch.flow_index] = True
         assert (batch.t[drawn] == 0.3).all()
         assert (batch.t[~drawn] == 1).all()
-    again = next(heldout_conversation_batches(encoded, "edits-heldout", vocabulary, STATS, 0.3, 64))
+    again = next(heldout_conversation_batches(encoded, "edits", vocabulary, STATS, 0.3, 64))
     assert torch.equal(again.noise, batches[0].noise)
 
 

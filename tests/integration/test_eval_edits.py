@@ -32,7 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     write_tiny_assets(folder, pictures=36)
     made = tiny_config(
         folder,
-        data={"edits": 24, "conversations": {"edits": "image_text_to_image"}},
+        data={"edits": 24, "sets": {"edits": "image_text_to_image"}},
         stages={"sft": {"mixture": {"image_text_to_image": 1}}},
     )
     ingest.run(made, workers=1)
@@ -57,7 +57,7 @@ def test_edits_are_read_with_the_pictures_that_they_show(config: Config, edits: 
     held_out = set(ShardSet(Path(config.data.path) / "heldout").keys())
     assert {pair.key for edit in edits for pair in edit.references} <= held_out
     assert {len(edit.references) for edit in edits} == {1, 2}
-    without = config.model_copy(update={"data": config.data.model_copy(update={"conversations": {}})})
+    without = config.model_copy(update={"data": config.data.model_copy(update={"sets": {}})})
     assert read_edits(without, encoder_fingerprint(config.encoder), 64) == []
 
 

@@ -175,6 +175,7 @@ def normal_batch(t: float, count: int = 4000, channels: int = 8) -> PackedBatch:
         feature_grid=empty,
         keys=["k"],
         tasks=["text_to_image"],
+        sources=["train"],
         label_sample=none,
         latent_sample=torch.zeros(count, dtype=torch.long),
     )

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from unicom_dist.models.segments import PackedBatch
-from unicom_dist.objective.breakdown import NAMES, TASKS, flow_averages, kinds_of, means, text_averages
+from unicom_dist.objective.breakdown import TASKS, flow_averages, kinds_of, means, names_of, text_averages
 
 GRIDS = [(4, 4), (2, 8), (3, 2)]  # rows x columns: 1:1, 4:1, 2:3
 TIMES = [0.1, 0.5, 1.0]
 DRAWN = ["text_to_image", "text_to_image", "image_text_to_image"]
+SETS = ["train", "photos", "edits", "books"]
+NAMES = names_of(SETS)
 
 
 def batch_of() -> PackedBatch:
@@ -36,6 +38,7 @@ def batch_of() -> PackedBatch:
         feature_grid=torch.zeros(0, 2, dtype=torch.int64),
         keys=list("abcd"),
         tasks=["text", *DRAWN],
+        sources=["books", "train", "photos", "edits"],
         label_sample=torch.tensor([0, 0, 0, 1, 3]),
         latent_sample=torch.repeat_interleave(torch.tensor([1, 2, 3, 3]), torch.tensor(sizes)),
     )
@@ -45,10 +48,13 @@ def test_each_mean_is_that_of_its_items() -> None:
     batch = batch_of()
     errors = torch.rand(38, generator=torch.Generator().manual_seed(1))
     parts = torch.split(errors, [16, 16, 6])
-    found = means("flow", flow_averages(errors, batch, kinds_of(batch)).tolist())
+    found = means(NAMES["flow"], flow_averages(errors, batch, kinds_of(batch, SETS)).tolist())
     expected = {
         "loss_by_task/flow/text_to_image": errors[:32].mean(),
         "loss_by_task/flow/image_text_to_image": parts[2].mean(),
+        "loss_by_set/flow/train": parts[0].mean(),
+        "loss_by_set/flow/photos": parts[1].mean(),
+        "loss_by_set/flow/edits": parts[2].mean(),
         "loss_by_t/flow/0.0-0.2": parts[0].mean(),
         "loss_by_t/flow/0.4-0.6": parts[1].mean(),
         "loss_by_t/flow/0.8-1.0": parts[2].mean(),
@@ -63,12 +69,15 @@ def test_each_mean_is_that_of_its_items() -> None:
     assert found == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
 
 
-def test_tasks_of_the_text() -> None:
+def test_tasks_and_sets_of_the_text() -> None:
     batch = batch_of()
     losses = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0])
-    averages = text_averages(losses, batch, kinds_of(batch))
-    assert averages.shape == (2, len(NAMES["text"])) == (2, len(TASKS))
-    assert means("text", averages.tolist()) == {
+    averages = text_averages(losses, batch, kinds_of(batch, SETS))
+    assert averages.shape == (2, len(NAMES["text"])) == (2, len(TASKS) + len(SETS))
+    assert means(NAMES["text"], averages.tolist()) == {
+        "loss_by_set/text/books": 2.0,
+        "loss_by_set/text/train": 5.0,
+        "loss_by_set/text/edits": 7.0,
         "loss_by_task/text/text": 2.0,
         "loss_by_task/text/text_to_image": 5.0,
         "loss_by_task/text/image_text_to_image": 7.0,
@@ -79,4 +88,4 @@ def test_a_batch_without_images_has_nothing_by_image() -> None:
     batch = batch_of()
     nothing = torch.zeros(0, dtype=torch.int64)
     batch.flow_index = nothing
-    assert means("flow", flow_averages(torch.zeros(0), batch, kinds_of(batch)).tolist()) == {}
+    assert means(NAMES["flow"], flow_averages(torch.zeros(0), batch, kinds_of(batch, SETS)).tolist()) == {}

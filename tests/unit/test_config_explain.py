@@ -77,7 +77,16 @@ def test_choices_and_limits_are_part_of_the_type():
 
 def test_types_of_sections_with_free_keys_say_what_belongs_to_a_key():
     assert explain("deepspeed.extra")[0].type == "{text: any value}"
-    assert explain("stages.sft.mixture_changes")[0].type.startswith("{whole number: {one of text, ")
+    assert explain("data.sets")[0].type.startswith("{text: one of pairs, ")
+    assert explain("stages.sft.mixture_changes")[0].type == "{whole number: mixture}"
+    assert explain("stages.sft.mixture.text")[0].type == "number or {text: number}"
+
+
+def test_a_value_with_free_keys_comes_from_where_they_do():
+    loaded = load_recipe("tiny", ["data.sets.photos=pairs", "stages.sft.mixture.text_to_image={photos: 2}"])
+    assert [row.origin for row in explain("data.sets", loaded)] == ["command line"]
+    (row,) = explain("stages.sft.mixture.text_to_image", loaded)
+    assert (row.value, row.origin) == ({"photos": 2.0}, "command line")
 
 
 @pytest.mark.parametrize(

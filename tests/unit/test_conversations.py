@@ -144,7 +144,7 @@ def test_what_is_not_a_conversation_is_named(content: dict[str, Any]) -> None:
 def config(tmp_path: Path) -> Config:
     made = tiny_config(
         tmp_path,
-        data={"conversations": {"talks": "interleaved"}, "max_bad_fraction": 1.0},
+        data={"sets": {"talks": "interleaved"}, "max_bad_fraction": 1.0},
         stages={
             "pretrain": {"mixture": {"interleaved": 1, "text": 1}, "row_positions": 128, "batch": 2, "micro_batches": 1}
         },

@@ -57,6 +57,7 @@ def prior_batch() -> PackedBatch:
         feature_grid=torch.zeros(full, 2, dtype=torch.int64),
         keys=["a", "b", "c"],
         tasks=["image_to_text", "text_to_image", "text_to_image"],
+        sources=["train"] * 3,
         label_sample=torch.zeros(9, dtype=torch.int64),
         latent_sample=torch.ones(noise, dtype=torch.int64),
     )

@@ -195,7 +195,7 @@ def test_resuming_costs_the_same_whatever_was_consumed(config: Config, vocabular
         far = json.loads(json.dumps(state))
         shift = 10**12
         far["counts"] = {task: n + shift * (2 if task == "text_to_image" else 1) for task, n in far["counts"].items()}
-        far["ordinals"] = {task: n + shift for task, n in far["ordinals"].items()}
+        far["drawn"] = {task: n + shift for task, n in far["drawn"].items()}
         far["open_rows"] = [[[task, n + shift] for task, n in row] for row in far["open_rows"]]
         start = time.process_time()
         loader.load_state_dict(far)
@@ -345,8 +345,8 @@ def test_a_stage_changes_its_mixture_at_a_step_and_goes_on_in_its_sources(
             states.append(loader.state_dict())
     assert set(states[2]["counts"]) == {"text", "text_to_image", "image_to_text"}
     assert set(states[3]["counts"]) == {"image_to_text"}
-    assert states[4]["ordinals"]["text"] == states[2]["ordinals"]["text"]
-    drawn = {task: n - states[4]["ordinals"][task] for task, n in states[6]["ordinals"].items()}
+    assert states[4]["drawn"]["text"] == states[2]["drawn"]["text"]
+    drawn = {task: n - states[4]["drawn"][task] for task, n in states[6]["drawn"].items()}
     assert drawn["image_to_text"] == 0
     assert drawn["text"] + drawn["text_to_image"] == sum(states[6]["counts"].values())
     assert abs(drawn["text"] - 3 * drawn["text_to_image"]) <= 3
@@ -374,7 +374,7 @@ def test_resuming_across_a_change_of_the_mixture_gives_the_same_stream(
 
 def test_a_task_without_a_sample_is_an_error(config: Config, vocabulary: Vocabulary) -> None:
     Manifest(fingerprint="none").write(Path(config.data.path) / "talks")
-    data = config.data.model_copy(update={"conversations": {"talks": "interleaved"}})
+    data = config.data.model_copy(update={"sets": {"talks": "interleaved"}})
     changed = config.model_copy(update={"data": data})
     with pytest.raises(DataError, match=r"draws interleaved, whose sets hold no sample\n.*\n.*weight 0"):
         prior(changed, vocabulary, mixture={"text": 1, "interleaved": 1})

@@ -26,6 +26,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest() -> None:
         feature_grid=torch.zeros(0, 2, dtype=torch.int64),
         keys=["a"],
         tasks=["text"],
+        sources=["train"],
         label_sample=whole,
         latent_sample=whole,
     )

@@ -1,203 +1,158 @@
-"""What each source lists, and what it leaves out. One process."""
+"""Several sets in one mixture: weighed together or one by one, named in what is trained on. 1 process, seconds."""
 
-import io
+import itertools
 import json
-import tarfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fetched import fetched
-from PIL import Image
+import torch
 
-from pipelines.sources import Record, key_of, open_source
-from unicom_dist.config.errors import ConfigError, DataError
-from unicom_dist.config.schema import DataConfig
+from unicom_dist.config.errors import ConfigError
+from unicom_dist.config.schema import Config
+from unicom_dist.data.loader import CodecLoader, PriorLoader, build_vocabulary
+from unicom_dist.data.manifest import Manifest
+from unicom_dist.data.pairs import open_set
+from unicom_dist.data.samples import TASKS
 from unicom_dist.data.tar import ShardWriter
+from unicom_dist.models.codec import LatentStats
+from unicom_dist.models.segments import PackedBatch
+from unicom_dist.testing.shards import write_set, write_tiny_sets
+from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
+
+STATS = LatentStats(torch.zeros(4), torch.ones(4))
+SETS = {"photos": "pairs", "books": "text", "talks": "interleaved"}
+BY_SET = {
+    "text": {"books": 0.25, "train": 0.125},
+    "text_to_image": {"train": 0.125, "photos": 0.25},
+    "image_to_text": 0.125,
+    "interleaved": 0.125,
+}
+BOOK = "red circle square blue star " * 40
 
 
-def png(colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(buffer, "png")
-    return buffer.getvalue()
+def write_texts(config: Config, name: str, contents: list[dict[str, Any]]) -> None:
+    folder = Path(config.data.path) / name
+    writer = ShardWriter(folder / f"{name}-000000.tar")
+    for number, content in enumerate(contents):
+        writer.write(f"{name}-{number:04d}", {"json": json.dumps(content).encode()})
+    Manifest(fingerprint=name, shards=[writer.close()]).write(folder)
 
 
-def source(where: object, **settings: object) -> DataConfig:
-    return DataConfig(source=str(where), **settings)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "pics"
-    (root / "sub").mkdir(parents=True)
-    for name, caption in {
-        "a.png": "a cat\n a  small cat ",
-        "sub/b.v2.jpg": "a dog",
-        "c.webp": " \n",
-        "d.png": None,
-    }.items():
-        (root / name).write_bytes(png())
-        if caption is not None:
-            (root / name).with_suffix(".txt").write_text(caption)
-    (root / "a.jpg").write_bytes(png())
-    (root / "notes.md").write_text("no picture")
-    return root
-
-
-def test_a_folder_lists_pictures_with_captions_and_counts_the_rest(folder: Path) -> None:
-    found = open_source(source(folder))
-    assert [(record.key, record.captions) for record in found.records] == [
-        ("a", ("a cat", "a small cat")),
-        ("sub_b_v2", ("a dog",)),
-    ]
-    assert found.skipped == {"a": "the key occurs twice; the first was kept", "c": "no caption", "d": "no caption"}
-    assert found.records[0].read() == png()
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
-def test_tables_of_every_kind_list_the_same(folder: Path, suffix: str) -> None:
-    rows = [("a.png", "a cat"), ("sub/b.v2.jpg", "a dog"), ("a.png", "a kitten"), ("c.webp", "")]
-    path = folder / f"table{suffix}"
-    if suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.table({"path": [row[0] for row in rows], "caption": [row[1] for row in rows]}), path)
-    elif suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps({"path": image, "caption": text}) for image, text in rows))
-    else:
-        mark = "," if suffix == ".csv" else "\t"
-        path.write_text("\n".join(mark.join(row) for row in [("path", "caption"), *rows]))
-    found = open_source(source(path))
-    assert {record.key: record.captions for record in found.records} == {
-        "a": ("a cat", "a kitten"),
-        "sub_b_v2": ("a dog",),
+def configured(folder: Path, mixture: dict[str, Any], **stage: Any) -> Config:
+    settings = {
+        "mixture": {**dict.fromkeys(TASKS, 0.0), **mixture},
+        "row_positions": 96,
+        "batch": 8,
+        "micro_batches": 1,
+        **stage,
     }
-    assert list(found.skipped) == ["c"]
+    return tiny_config(folder, data={"sets": SETS, "max_bad_fraction": 0.2}, stages={"pretrain": settings})
 
 
-def test_a_table_without_the_columns_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("url,label\nx,y\n")
-    with pytest.raises(DataError, match="columns url, label"):
-        open_source(source(tmp_path / "t.csv"))
-    (tmp_path / "t.jsonl").write_text('{"path": ')
-    with pytest.raises(DataError, match="cannot be read"):
-        open_source(source(tmp_path / "t.jsonl"))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    write_tiny_assets(folder)
+    config = configured(folder, BY_SET)
+    write_tiny_sets(config, 10)
+    write_set(config, "photos", 15, 12, [(2, 2), (1, 3)], 10)
+    texts: list[dict[str, Any]] = [{"document": f"a book of {BOOK[: 20 * n]}"} for n in range(1, 40)]
+    write_texts(config, "books", [{"document": [{"type": "image", "image": "train-0000"}]}, *texts])
+    said = [{"role": "user", "content": "a star"}, {"role": "assistant", "content": "a red star"}]
+    write_texts(config, "talks", [{"messages": said}] * 5)
+    return folder
 
 
-def test_tars_list_captions_from_json_and_txt(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "x-0.tar") as writer:
-        writer.write("one", {"png": png("blue"), "json": json.dumps({"caption": "b", "captions": ["sea"]}).encode()})
-        writer.write("two", {"jpg": png(), "txt": b"red"})
-        writer.write("three", {"txt": b"no picture"})
-    with ShardWriter(tmp_path / "x-1.tar") as writer:
-        writer.write("one", {"png": png(), "txt": b"again"})
-        writer.write("four", {"png": png(), "json": b"not json"})
-    found = open_source(source(tmp_path / "x-*.tar"))
-    assert {record.key: record.captions for record in found.records} == {"one": ("b", "sea"), "two": ("red",)}
-    assert set(found.skipped) == {"one", "three", "four"}
-    assert found.records[0].read() == png("blue")
+def loader(config: Config) -> PriorLoader:
+    return PriorLoader(config, config.stage("pretrain"), build_vocabulary(config), STATS)
 
 
-def test_a_truncated_tar_is_named(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "x.tar") as writer:
-        writer.write("one", {"png": png(), "txt": b"red"})
-    (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:700])
-    with pytest.raises(DataError, match=r"x\.tar"):
-        open_source(source(tmp_path / "x.tar"))
+def samples(batches: list[PackedBatch]) -> list[tuple[str, str, str]]:
+    """(task, set, key) of each."""
+    return [found for batch in batches for found in zip(batch.tasks, batch.sources, batch.keys, strict=True)]
 
 
-def test_missing_and_empty_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not there"):
-        open_source(source(tmp_path / "nothing"))
-    with pytest.raises(DataError, match="no usable image-text pair"):
-        open_source(source(tmp_path))
+def test_sets_with_weights_of_their_own_have_exact_shares(folder: Path) -> None:
+    with loader(configured(folder, BY_SET)) as steps:
+        drawn = samples([batch for _ in range(12) for batch in steps.next_step()])
+        report = steps.report()
+    counts = Counter((task, name) for task, name, _ in drawn)
+    weights: dict[tuple[str, str], float] = {}
+    for task, weight in BY_SET.items():
+        if isinstance(weight, dict):
+            weights |= {(task, name): each for name, each in weight.items()}
+    for stream, weight in weights.items():
+        assert counts[stream] == pytest.approx(weight * len(drawn), abs=9), "up to eight rows are open"
+    assert {name for task, name, _ in drawn if task == "image_to_text"} == {"train", "photos"}
+    assert all(key.startswith(name) for _, name, key in drawn)
+    named = {name.removeprefix("data/epochs/") for name in report if "epochs" in name}
+    assert named == {*(f"{task}/{name}" for task, name in weights), "image_to_text", "interleaved"}
 
 
-def test_the_listing_has_an_identity(folder: Path) -> None:
-    before = open_source(source(folder)).fingerprint
-    assert open_source(source(folder)).fingerprint == before
-    (folder / "a.txt").write_text("a tiger")
-    assert open_source(source(folder)).fingerprint != before
+def test_the_sets_of_a_task_with_one_weight_are_gone_through_as_one(folder: Path) -> None:
+    with loader(configured(folder, {"image_to_text": 1.0}, batch=1)) as steps:
+        drawn = [found for _ in range(40) for found in samples(steps.next_step())]
+    counts = Counter(key for _, _, key in drawn)
+    assert len(counts) == 25, "ten of train, fifteen of photos"
+    assert max(counts.values()) - min(counts.values()) <= 2, "each once an epoch, but for open rows"
 
 
-def test_a_limit_takes_the_same_records_whatever_else_there_is(tmp_path: Path) -> None:
-    for number in range(12):
-        (tmp_path / f"p{number}.png").write_bytes(png())
-        (tmp_path / f"p{number}.txt").write_text("x")
-    few = {record.key for record in open_source(source(tmp_path, limit=4)).records}
-    more = {record.key for record in open_source(source(tmp_path, limit=8)).records}
-    assert len(few) == 4
-    assert few < more
-    assert few != {f"p{number}" for number in (0, 1, 10, 11)}  # not simply the first ones
+def test_a_stream_goes_on_where_it_stood(folder: Path) -> None:
+    config = configured(folder, BY_SET, steps=9, mixture_changes={2: {"text": {"books": 1.0}}, 4: BY_SET})
+    with loader(config) as first, loader(config) as second:
+        for _ in range(3):
+            first.next_step()
+        state = json.loads(json.dumps(first.state_dict()))
+        second.load_state_dict(state)
+        for _ in range(4):
+            assert samples(second.next_step()) == samples(first.next_step())
 
 
-def test_keys_are_safe_and_distinct() -> None:
-    assert key_of("a/b.c d") == "a_b_c_d"
-    names = ["x" * 200 + "1", "x" * 200 + "2", "猫", "犬", "__dunder__"]
-    keys = [key_of(name) for name in names]
-    assert len(set(keys)) == len(names)
-    for key in keys:
-        assert len(key) <= 72
-        assert key.isascii()
-        assert not key.startswith("__")
-        assert not set(key) & set("./\\")
+def test_text_longer_than_a_row_is_cut_to_it(folder: Path) -> None:
+    config = configured(folder, {"text": {"books": 1.0}})
+    vocabulary = build_vocabulary(config)
+    with PriorLoader(config, config.stage("pretrain"), vocabulary, STATS) as steps:
+        batches = [batch for _ in range(6) for batch in steps.next_step()]
+        report = steps.report()
+    lengths = []
+    for batch in batches:
+        for n, segments in itertools.groupby(batch.segments, key=lambda segment: segment.sample):
+            lengths.append(sum(segment.length for segment in segments))
+            assert int((batch.label_sample == n).sum()) == lengths[-1] - 1, "all but the first token are learned"
+        following = {int(i): int(token) for i, token in zip(batch.token_index, batch.token_ids, strict=True)}
+        assert [following[int(i) + 1] for i in batch.label_index] == batch.label_ids.tolist()
+    assert min(lengths) < max(lengths) == 96
+    assert report["data/bad_samples"] == 1, "the text that shows an image"
 
 
-def test_sided_captions_are_not_mirrored() -> None:
-    assert Record("k", ("red apple",), "s").may_mirror
-    assert not Record("k", ("left arrow",), "s").may_mirror
-    assert not Record("k", ("three o’clock",), "s").may_mirror
-    assert Record("k", ("leftover cake",), "s").may_mirror
+def test_the_codec_is_trained_on_all_sets_of_pairs(folder: Path) -> None:
+    config = configured(folder, BY_SET)
+    with CodecLoader(config, config.stage("codec")) as steps:
+        keys = {key for _ in range(20) for batch in steps.next_step() for key in batch.keys}
+    assert keys == {*open_set(config, "train").keys(), *open_set(config, "photos").keys()}
 
 
-def emoji_archives(folder: Path, names: dict[str, str]) -> None:
-    folder.mkdir(parents=True)
-
-    def write(path: Path, members: dict[str, bytes]) -> None:
-        with tarfile.open(path, "w:gz") as tar:
-            for name, content in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-    write(folder / "emoji.tgz", {f"package/assets/{name}.webp": png() for name in names})
-    for kind, file in (("annotations", "annotations"), ("annotationsDerived", "annotations-derived")):
-        members = {}
-        for language in ("en", "de"):
-            entries = {
-                emoji: {"tts": [f"{text} {language}"], "default": ["word", f"{text} {language}"]}
-                for emoji, text in (entry.split("=") for entry in names.values() if entry)
-                if (kind == "annotations") == (len(emoji) == 1)
-            }
-            members[f"package/{kind}/{language}/annotations.json"] = json.dumps(
-                {kind: {"annotations": entries}}
-            ).encode()
-        write(folder / f"{file}.tgz", members)
+@pytest.mark.parametrize(
+    ("mixture", "what", "remedy"),
+    [
+        ({"text_to_image": {"photo": 1.0}}, "mixture with text_to_image: photo", "one of train, photos"),
+        ({"text_to_image": {"books": 1.0}}, "mixture with text_to_image: books", "one of train, photos"),
+        ({"image_text_to_image": 1.0}, "mixture with image_text_to_image", "{SET: image_text_to_image}"),
+        ({"text": {"books": -1.0}}, "is no weight", "{train: 0.4, photos: 0.1}"),
+        ({"text": "much"}, "'much' is no weight", "for example 0.5"),
+        ({"text": {"books": 0.0}}, "all weights are 0", "positive weight"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(tmp_path: Path, mixture: dict[str, Any], what: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured(tmp_path, mixture)
+    assert what in caught.value.what
+    assert remedy in caught.value.remedy
 
 
-def test_emoji_have_names_and_keywords_and_no_skin_tones(tmp_path: Path) -> None:
-    names = {
-        "1f600": "\U0001f600=grin",
-        "2764-fe0f": "\u2764=heart",  # CLDR names it without the variation selector
-        "1f44b-1f3fb": "\U0001f44b\U0001f3fb=light wave",
-        "1f9d1-200d-1f33e": "\U0001f9d1\u200d\U0001f33e=farmer",
-        "1faff": "",
-    }
-    emoji_archives(tmp_path / "fluent-emoji", names)
-    found = open_source(DataConfig(languages=["en", "de"]), tmp_path)
-    captions = {record.key: record.captions for record in found.records}
-    assert set(captions) == {"1f600", "2764-fe0f", "1f9d1-200d-1f33e"}
-    assert captions["1f600"] == ("grin en", "grin de", "word")
-    with pytest.raises(ConfigError, match="xx"):
-        open_source(DataConfig(languages=["xx"]), tmp_path)
-    with pytest.raises(DataError, match="is not there"):
-        open_source(DataConfig(), tmp_path / "elsewhere")
-
-
-@pytest.mark.slow
-def test_the_fetched_emoji_are_1868() -> None:
-    fetched("fluent-emoji")
-    found = open_source(DataConfig())
-    assert len(found.records) == 1868
-    assert not found.skipped
-    assert {record.key: record.captions[0] for record in found.records}["1f680"] == "rocket"
+@pytest.mark.parametrize("name", ["train", "heldout", "photos-heldout", "../photos"])
+def test_names_that_are_taken_or_no_folder_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"sets\."):
+        tiny_config(tmp_path, data={"sets": {name: "pairs"}})

@@ -39,6 +39,7 @@ def prior_step(labels: int, latents: int, seed: int = 0) -> tuple[tuple[torch.Te
         feature_grid=grid,
         keys=[],
         tasks=[],
+        sources=[],
         label_sample=none,
         latent_sample=none,
     )

@@ -36,8 +36,12 @@ def ingest(
     source: Source,
     overrides: Overrides = None,
     out: Annotated[str, typer.Option(help="Folder for the sets; SOURCE is then a source, not a recipe.")] = "",
+    name: Annotated[str, typer.Option("--set", help="Make this one of data.sets of data.source instead.")] = "train",
 ) -> None:
-    """Turn a source of image-text pairs into shards. Beside them index and manifest; held-out keys are split off."""
+    """Turn a source into shards. Beside them index and manifest; held-out keys are split off.
+
+    A source is of image-text pairs; with --set also of texts, documents or conversations, as data.sets says.
+    """
     from pipelines import ingest as job
     from unicom_dist.config.load import load_values
 
@@ -50,7 +54,7 @@ def ingest(
             raise ConfigError(f"unicom data ingest {source}", why, "add --out and a folder, such as data/mine", DOCS)
         loaded = load(source, overrides)
     with logged():
-        job.run(loaded.config)
+        job.run(loaded.config, name=name)
 
 
 @app.command()

@@ -73,7 +73,7 @@ def write_config(run_dir: str | Path, config: Config, origins: Mapping[str, str]
     """Write `run_dir/config.yaml`, values and origins, whole or not at all. PreflightError if it cannot."""
     path = Path(run_dir) / "config.yaml"
     temporary = path.with_name(f".config.yaml.{os.getpid()}.tmp")
-    kept = {key: origins.get(key, DEFAULT) for key in flatten(config)}
+    kept = {key: origin_of(key, origins) for key in flatten(config)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = to_yaml(config, {}) + dump({"origins": kept}, flow=False)
@@ -92,7 +92,7 @@ def explain(key: str, loaded: Loaded | None = None) -> list[Explanation]:
         concrete = [name for name in values if _matches(pattern, name)] or [pattern]
         for name in concrete:
             if _below(key, name) or _below(key, pattern):
-                origin = "" if loaded is None else loaded.origins.get(name, DEFAULT)
+                origin = "" if loaded is None else origin_of(name, loaded.origins)
                 rows.append(_explanation(name, field, values.get(name), origin))
     if not rows and key.startswith("stages.") and not key.startswith("stages.<name>"):
         # Without a recipe, or with one that has no such stage, a stage's key is explained in general.
@@ -127,6 +127,8 @@ def type_name(annotation: Any) -> str:
     simple = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any value"}
     if annotation in simple:
         return simple[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.__name__.lower()
     arguments = [part for part in get_args(annotation) if part is not type(None)]
     if get_origin(annotation) is Literal:
         return f"one of {', '.join(str(part) for part in arguments)}"
@@ -161,7 +163,13 @@ def _lines(section: BaseModel, origins: Mapping[str, str], prefix: str, indent: 
                 for number, (text, note) in enumerate(inner):
                     yield (f"{indent}  - {text.lstrip()}" if number == 0 else text), note
         else:
-            yield f"{indent}{name}: {scalar(value)}", (origins.get(key, DEFAULT) if origins else "")
+            yield f"{indent}{name}: {scalar(value)}", (origin_of(key, origins) if origins else "")
+
+
+def origin_of(key: str, origins: Mapping[str, str]) -> str:
+    """Where a value comes from; of one with free keys, {SET: WEIGHT} for example, where these come from."""
+    found = dict.fromkeys(origin for name, origin in origins.items() if _below(key, name))
+    return ", ".join(found) or DEFAULT
 
 
 def _matches(pattern: str, key: str) -> bool:

@@ -159,7 +159,7 @@ class CodecLoader(StepLoader[CodecBatch]):
         expect_fingerprint: Mapping[str, str] | None = None,
         prefetch: int = 2,
     ) -> None:
-        names = ["train", "augmented"] if config.data.augmented_views else ["train"]
+        names = [*config.data.pairs, *(["augmented"] if config.data.augmented_views else [])]
         sets = [open_set(config, name, expect_fingerprint=expect_fingerprint) for name in names]
         self._reader = _Reader(config, sets, stage.name, feature_channels(sets[0], config.encoder.kind))
         self._order = Order(len(self._reader), config.seed, stage.name)

@@ -27,6 +27,10 @@ class Images:
         self.feature_channels = feature_channels(self.sets[0], part)
         self._by_key: dict[str, Found] = {}
 
+    def place(self, samples: ShardSet, number: int) -> Found:
+        """Of the image of sample `number` of one of the sets."""
+        return Found(self.sets.index(samples), number)
+
     def sample(self, found: Found) -> Sample:
         """Key and members of an image's sample."""
         return self.sets[found.which][found.number]
@@ -46,7 +50,7 @@ class Images:
             raise DataError(
                 f"sample {wanted_by!r} shows the image {key!r}, which no set has",
                 "images are looked up by key: " + ", ".join(str(pairs.folder) for pairs in self.sets),
-                "ingest the image, or name its set in data.conversations",
+                "ingest the image, or name its set in data.sets",
                 "docs/data.md",
             ) from None
 

@@ -5,8 +5,8 @@ from unicom_dist.data.pairs import build_vocabulary
 from unicom_dist.data.prior_loader import (
     PriorLoader,
     heldout_conversation_batches,
-    heldout_conversations,
     heldout_prior_batches,
+    heldout_sets,
 )
 
 __all__ = [
@@ -16,6 +16,6 @@ __all__ = [
     "fixed_codec_batches",
     "heldout_codec_batches",
     "heldout_conversation_batches",
-    "heldout_conversations",
     "heldout_prior_batches",
+    "heldout_sets",
 ]

@@ -124,6 +124,10 @@ def preview(folder: str | Path, name: str, count: int) -> tuple[list[Image.Image
                 )
             images.append(_image(shown))
             labels.append(text)
+    if not images:
+        raise DataError(
+            f"{path} shows no pictures", "its samples are text alone", "`unicom data stats` counts them", "docs/data.md"
+        )
     return images, labels
 
 

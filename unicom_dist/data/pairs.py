@@ -1,7 +1,7 @@
 """The sets of image-text pairs a recipe names, and the fields of one pair.
 
 Sets live under `data.path`: `train`, `augmented` (further views, read by the codec only), `heldout`, and those of
-conversations with their held-out ones.
+`data.sets` with their held-out ones.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unicom_dist.config.errors import DataError
-from unicom_dist.config.schema import Config
+from unicom_dist.config.schema import Config, SetKind
 from unicom_dist.data.conversations import Conversation
 from unicom_dist.data.decode import IMAGE_EXTENSIONS
 from unicom_dist.data.npy import read_npy
@@ -48,18 +48,21 @@ def build_vocabulary(config: Config) -> Vocabulary:
     if config.prior.vocabulary == "full":
         published = config.prior.init_from
         return Vocabulary.full(config.prior.tokenizer, table_rows(Path(published)) if published else 0)
-    pairs = ShardSet(Path(config.data.path) / "train")
     least = config.prior.vocabulary_pictures
     groups = [list(TEMPLATE_TEXTS)] * least
-    for number in range(len(pairs)):
-        captions = captions_of(pairs[number])
-        groups.append([captions.main, *captions.further, document(captions)])
-    for name in config.data.conversations:
-        said = ShardSet(Path(config.data.path) / name)
-        for number in range(len(said)):
+    for name, kind in config.data.kinds.items():
+        samples = ShardSet(Path(config.data.path) / name)
+        for number in range(len(samples)):
             with contextlib.suppress(DataError):  # the loader names and counts what is malformed
-                groups.append(conversation_of(said[number]).texts)
+                groups.append(_said(samples[number], kind))
     return Vocabulary.trimmed(config.prior.tokenizer, groups, least)
+
+
+def _said(sample: Sample, kind: SetKind) -> list[str]:
+    if kind != "pairs":
+        return conversation_of(sample).texts
+    captions = captions_of(sample)
+    return [captions.main, *captions.further, document(captions)]
 
 
 def conversation_of(sample: Sample) -> Conversation:

@@ -5,13 +5,13 @@ seed, stage, sample and visit.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from unicom_dist.config.errors import DataError
-from unicom_dist.config.schema import Config
+from unicom_dist.config.schema import Config, SetKind
 from unicom_dist.data.conversations import Conversation
 from unicom_dist.data.images import Found, Images
 from unicom_dist.data.order import generator_of, key_of
@@ -28,15 +28,24 @@ FURTHER_CAPTIONS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A set that samples are drawn from."""
+
+    name: str
+    kind: SetKind
+    samples: ShardSet
+
+
+@dataclass(frozen=True, slots=True)
 class Planned:
     """A sample whose place is decided and whose arrays are not read yet."""
 
-    task: Task
-    ordinal: int  # draw number within the task
+    source: str  # its set
     key: str
     visit: int
     layout: Layout
-    images: tuple[Found, ...]  # by number
+    images: tuple[Found, ...] = ()  # by number
+    drawn: tuple[str, int] = ("", 0)  # by which stream of the mixture, and as its which sample
 
     @property
     def length(self) -> int:
@@ -66,13 +75,22 @@ class SampleReader:
         self._made = self._read if joint else ("latent", "latent.npy", self._latent_channels)
         self._reading = READING[config.prior.understanding]
 
-    def plan_pair(self, task: Task, ordinal: int, number: int, visit: int, *, training: bool = True) -> Planned:
-        """Decide on caption and layout of a pair. DataError: malformed, or longer than a row (text is cut instead)."""
-        found = Found(0, number)
-        sample = self.images.sample(found)
+    def plan(self, task: Task, source: Source, number: int, visit: int, *, training: bool = True) -> Planned:
+        """Decide on the layout of sample `number` of a set.
+
+        DataError: malformed, an image that no set has, longer than a row. Text alone is cut instead; a conversation
+        loses its last exchanges.
+        """
+        if source.kind == "pairs":
+            return self._plan_pair(task, source, number, visit, training)
+        return self._plan_conversation(task, source, number, visit, training)
+
+    def _plan_pair(self, task: Task, source: Source, number: int, visit: int, training: bool) -> Planned:
+        sample = source.samples[number]
         captions = captions_of(sample)
         if task == "text":
-            return Planned(task, ordinal, sample.key, visit, self._layouts.text(document(captions), self.limit), ())
+            return Planned(source.name, sample.key, visit, self._layouts.text(document(captions), self.limit))
+        found = self.images.place(source.samples, number)
         if task == "image_to_text":
             layout = self._layouts.image_to_text(captions.main, self._grid(found, read=True), self._reading)
         else:
@@ -85,23 +103,24 @@ class SampleReader:
                 elif captions.further and further < FURTHER_CAPTIONS:
                     prompt = captions.further[which % len(captions.further)]
             layout = self._layouts.text_to_image(prompt, self._grid(found, read=False))
-        return self._fitting(Planned(task, ordinal, sample.key, visit, layout, (found,)))
+        return self._fitting(Planned(source.name, sample.key, visit, layout, (found,)))
 
-    def plan_conversation(
-        self, task: Task, ordinal: int, pairs: ShardSet, number: int, visit: int, *, training: bool = True
-    ) -> Planned:
-        """Decide on the layout of a conversation; what does not fit into a row loses its last exchanges.
-
-        DataError: malformed, an image that no set has, one exchange longer than a row.
-        """
-        sample = pairs[number]
+    def _plan_conversation(self, task: Task, source: Source, number: int, visit: int, training: bool) -> Planned:
+        sample = source.samples[number]
         conversation = Conversation.parse(json_of(sample.parts[""], sample.key), sample.key)
+        if task == "text" and conversation.shown():
+            raise DataError(
+                f"sample {sample.key!r} of the set {source.name} shows images",
+                "data.sets says that it holds text",
+                f"data.sets: {{{source.name}: interleaved}}",
+                "docs/data.md",
+            )
         if training and conversation.draws:  # without its image, an answer about it would be learned as a guess
             chance = key_of(self._config.seed, self._stage, sample.key, visit, "condition")
-            text, images = (chance & 0xFFFFF) / 2**20, (chance >> 20 & 0xFFFFF) / 2**20
+            text, reference = (chance & 0xFFFFF) / 2**20, (chance >> 20 & 0xFFFFF) / 2**20
             prior = self._config.prior
             conversation = conversation.without(
-                text=text < prior.condition_dropout, images=images < prior.reference_dropout
+                text=text < prior.condition_dropout, images=reference < prior.reference_dropout
             )
 
         def grid(key: str, read: bool) -> tuple[int, int]:
@@ -109,12 +128,11 @@ class SampleReader:
 
         while True:
             layout, keys = conversation.layout(self._layouts, task, grid, self._reading)
-            planned = Planned(
-                task, ordinal, sample.key, visit, layout, tuple(self.images.find(key, sample.key) for key in keys)
-            )
+            images = tuple(self.images.find(key, sample.key) for key in keys)
+            planned = Planned(source.name, sample.key, visit, layout, images)
             shorter = conversation.shorter() if layout.length > self.limit else None
             if shorter is None:
-                return self._fitting(planned)
+                return self._fitting(planned if images else replace(planned, layout=layout.cut(self.limit)))
             conversation = shorter
 
     def _grid(self, found: Found, read: bool) -> tuple[int, int]:
@@ -131,13 +149,13 @@ class SampleReader:
 
     def _fitting(self, planned: Planned) -> Planned:
         if planned.length > self.limit:
-            what = f"sample {planned.key!r} takes {planned.length} positions as {planned.task}"
+            what = f"sample {planned.key!r} takes {planned.length} positions as {planned.layout.task}"
             raise DataError(what, f"a row has {self.limit}", "raise row_positions of the stage")
         return planned
 
     def read(self, rows: Sequence[Planned], fixed_t: float | None = None) -> PackedBatch:
         """The arrays, noise and times of planned samples, end to end. DataError on values that are not finite."""
-        contents = [Content(row.key, row.layout, [Arrays() for _ in row.layout.images]) for row in rows]
+        contents = [Content(row.key, row.layout, [Arrays() for _ in row.layout.images], row.source) for row in rows]
         steps = [
             (("read",), self._read, self._put_features),
             (("reference", "draw"), self._made, self._put_latents),

@@ -1,18 +1,19 @@
 """Packed batches for the prior: samples of every kind in the mixture of the stage.
 
-Every rank plans the whole step (tasks, texts, lengths, packing, who takes which row) and reads latents and features of
-its own rows only, so neither order nor packing depends on the number of ranks or micro-batches. A malformed sample is
-skipped, counted and named, and the next of its task takes its place. The state holds the draws per task and the samples
-in unfinished rows; it does not grow with what was consumed.
+Every rank plans the whole step (streams, texts, lengths, packing, who takes which row) and reads latents and features
+of its own rows only, so neither order nor packing depends on the number of ranks or micro-batches. A malformed sample
+is skipped, counted and named, and the next of its stream takes its place. The state holds the draws per stream and the
+samples in unfinished rows; it does not grow with what was consumed.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from unicom_dist.config.errors import DataError
-from unicom_dist.config.schema import Config, StageConfig, held_out_set
+from unicom_dist.config.schema import TRAIN, Config, SetKind, StageConfig, held_out_set
 from unicom_dist.data.balance import amounts_of, deal
 from unicom_dist.data.images import Images
 from unicom_dist.data.manifest import Manifest
@@ -20,7 +21,7 @@ from unicom_dist.data.mixture import MixtureSchedule
 from unicom_dist.data.order import Order
 from unicom_dist.data.packing import Packer
 from unicom_dist.data.pairs import open_set, spread
-from unicom_dist.data.planning import Planned, SampleReader
+from unicom_dist.data.planning import Planned, SampleReader, Source
 from unicom_dist.data.prefetch import BadSamples, Share, State, StepLoader
 from unicom_dist.data.samples import TASKS, Task
 from unicom_dist.data.shardset import ShardSet
@@ -30,8 +31,36 @@ from unicom_dist.models.codec import LatentStats
 from unicom_dist.models.operations import transfusion_flops
 from unicom_dist.models.segments import PackedBatch, Segment
 
-PAIR_TASKS: tuple[Task, ...] = ("text", "text_to_image", "image_to_text")  # made of an image and its captions
 _ROWS_AT_ONCE = 1 << 24
+
+
+class Stream:
+    """What a mixture weighs, TASK or TASK/SET: its sets one after the other, gone through in an order of its own.
+
+    `stream[n]`: set, sample number there and visit of the n-th draw; `drawn` of them were made. DataError: no sample.
+    """
+
+    def __init__(self, name: str, sources: Sequence[Source], seed: int, stage: str) -> None:
+        self.name, self.drawn = name, 0
+        self.task = next(task for task in TASKS if task == name.partition("/")[0])
+        self._sources = sources
+        size = sum(len(source.samples) for source in sources)
+        if not size:
+            raise DataError(
+                f"the mixture of stage {stage} draws {name}, whose sets hold no sample",
+                "an order needs something to go through",
+                f"fill {', '.join(source.name for source in sources)}, or give {name} the weight 0",
+                "docs/data.md",
+            )
+        self.order = Order(size, seed, stage, name)
+
+    def __getitem__(self, ordinal: int) -> tuple[Source, int, int]:
+        place, visit = self.order[ordinal]
+        for source in self._sources:
+            if place < len(source.samples):
+                return source, place, visit
+            place -= len(source.samples)
+        raise IndexError(place)
 
 
 class PriorLoader(StepLoader[PackedBatch]):
@@ -57,37 +86,23 @@ class PriorLoader(StepLoader[PackedBatch]):
     ) -> None:
         self._plan_attention = plan
         self._stage = stage
-        self._mixture = MixtureSchedule(stage.mixture_at(0))
+        self._mixture = MixtureSchedule(stage.mixture_at(0).streams)
         tasks = [task for task in TASKS if stage.draws(task)]
         joint = stage.joint.enabled
         untouched = ("text", "image_to_text") if config.prior.understanding == "raw" else ("text",)
         latents = not joint and any(task not in untouched for task in tasks)
-        pairs = open_set(config, "train", latents=latents, expect_fingerprint=expect_fingerprint)
-        self._sources: dict[Task, list[ShardSet]] = {task: [pairs] for task in tasks}
-        further = {
-            name: open_conversations(config, name, latents=latents, expect_fingerprint=expect_fingerprint)
-            for name, task in config.data.conversations.items()
+        sources = {
+            name: open_source(config, name, latents=latents, expect_fingerprint=expect_fingerprint)
+            for name in config.data.kinds
         }
-        for task in tasks:
-            if task not in PAIR_TASKS:
-                self._sources[task] = [
-                    further[name] for name, kind in config.data.conversations.items() if kind == task
-                ]
-        shown = [pairs, *(other for other in further.values() if other.parts)]
-        images = Images(shown, config.encoder.kind)
+        images = Images([source.samples for source in sources.values() if source.samples.parts], config.encoder.kind)
         self._reader = SampleReader(config, images, stage.name, vocabulary, stats, stage.row_positions, joint)
-        sizes = {task: sum(map(len, sources)) for task, sources in self._sources.items()}
-        for task in tasks:
-            if not sizes[task]:
-                raise DataError(
-                    f"the mixture of stage {stage.name} draws {task}, whose sets hold no sample",
-                    "an order needs something to go through",
-                    f"fill the sets of data.conversations, or give {task} the weight 0",
-                    "docs/data.md",
-                )
-        self._orders = {task: Order(sizes[task], config.seed, stage.name, task) for task in tasks}
-        self._ordinals: dict[Task, int] = dict.fromkeys(tasks, 0)
+        self._streams = {
+            name: Stream(name, [sources[each] for each in sets_of(config, name)], config.seed, stage.name)
+            for name in stage.streams
+        }
         self._packer: Packer[Planned] = Packer(stage.row_positions)
+        sizes = {name: stream.order.size for name, stream in self._streams.items()}
         self._bad = BadSamples(max(sizes.values()), config.data.max_bad_fraction)
         self._share = Share(stage.batch, dp_rank, dp_size, stage.micro_batches)
         self._flops = partial(
@@ -107,7 +122,7 @@ class PriorLoader(StepLoader[PackedBatch]):
             "samples": sizes,
             "mixture": self._mixture.shares,
             "row_positions": stage.row_positions,
-            **({"mixture_changes": [[n, stage.mixture_at(n)] for n in changes]} if changes else {}),
+            **({"mixture_changes": [[n, stage.mixture_at(n).streams] for n in changes]} if changes else {}),
         }
         super().__init__(identity, prefetch)
 
@@ -115,19 +130,19 @@ class PriorLoader(StepLoader[PackedBatch]):
         """Figures for the metrics, since the start.
 
         Empty share of the rows, malformed samples met, FLOPs of a step's costliest rank over the mean of the ranks,
-        and how often each task has gone through its samples.
+        and how often each stream of the mixture has gone through its samples.
         """
         positions = self._row_count * self._reader.limit
         return {
             "data/pad_fraction": 1 - self._filled / positions if positions else 0.0,
             "data/bad_samples": float(len(self._bad.names)),
             "data/rank_imbalance": self._costliest / self._mean_cost if positions else 1.0,
-            **{f"data/epochs/{task}": drawn / self._orders[task].size for task, drawn in self._ordinals.items()},
+            **{f"data/epochs/{name}": stream.drawn / stream.order.size for name, stream in self._streams.items()},
         }
 
     def _next(self) -> list[PackedBatch]:
         if self._step in self._stage.mixture_changes:
-            self._mixture = MixtureSchedule(self._stage.mixture_at(self._step))
+            self._mixture = MixtureSchedule(self._stage.mixture_at(self._step).streams)
         rows = [self._next_row() for _ in range(self._share.total)]
         self._step += 1
         self._row_count += len(rows)
@@ -147,66 +162,64 @@ class PriorLoader(StepLoader[PackedBatch]):
 
     def _next_row(self) -> list[Planned]:
         while True:
-            row = self._packer.add(self._next_sample(task_named(self._mixture.draw())))
+            row = self._packer.add(self._next_sample(self._streams[self._mixture.draw()]))
             if row is not None:
                 return row
 
-    def _next_sample(self, task: Task) -> Planned:
+    def _next_sample(self, stream: Stream) -> Planned:
         while True:
-            ordinal = self._ordinals[task]
-            self._ordinals[task] += 1
+            ordinal = stream.drawn
+            stream.drawn += 1
             try:
-                planned = self._plan(task, ordinal)
+                planned = self._plan(stream, ordinal)
                 self._bad.accept()
                 return planned
             except DataError as error:
-                pairs, number = self._source(task, self._orders[task][ordinal][0])
-                self._bad.report(f"{pairs.key(number)} ({task})", error)
+                source, number, _ = stream[ordinal]
+                self._bad.report(f"{source.samples.key(number)} ({stream.name})", error)
 
-    def _plan(self, task: Task, ordinal: int) -> Planned:
-        place, visit = self._orders[task][ordinal]
-        pairs, number = self._source(task, place)
-        if task in PAIR_TASKS:
-            return self._reader.plan_pair(task, ordinal, number, visit)
-        return self._reader.plan_conversation(task, ordinal, pairs, number, visit)
-
-    def _source(self, task: Task, place: int) -> tuple[ShardSet, int]:
-        """The set that holds sample `place` of a task, and the number of the sample there."""
-        for pairs in self._sources[task]:
-            if place < len(pairs):
-                return pairs, place
-            place -= len(pairs)
-        raise IndexError(place)
+    def _plan(self, stream: Stream, ordinal: int) -> Planned:
+        source, number, visit = stream[ordinal]
+        return replace(self._reader.plan(stream.task, source, number, visit), drawn=(stream.name, ordinal))
 
     def _snapshot(self) -> State:
         return {
             "step": self._step,
             "counts": dict(self._mixture.counts),
-            "ordinals": dict(self._ordinals),
-            "open_rows": [[[planned.task, planned.ordinal] for planned in row] for row in self._packer.open],
+            "drawn": {name: stream.drawn for name, stream in self._streams.items()},
+            "open_rows": [[list(planned.drawn) for planned in row] for row in self._packer.open],
         }
 
     def _restore(self, state: State) -> None:
         self._step = int(state["step"])
-        self._mixture = MixtureSchedule(self._stage.mixture_at(max(self._step - 1, 0)))  # as the last step was drawn
-        self._mixture.counts = {task: int(n) for task, n in state["counts"].items()}
-        self._ordinals = {task_named(task): int(n) for task, n in state["ordinals"].items()}
-        self._packer.restore([[self._plan(task_named(task), int(n)) for task, n in row] for row in state["open_rows"]])
+        mixture = self._stage.mixture_at(max(self._step - 1, 0))  # as the last step was drawn
+        self._mixture = MixtureSchedule(mixture.streams)
+        self._mixture.counts = {name: int(n) for name, n in state["counts"].items()}
+        for name, drawn in state["drawn"].items():
+            self._streams[name].drawn = int(drawn)
+        rows = state["open_rows"]
+        self._packer.restore([[self._plan(self._streams[name], int(n)) for name, n in row] for row in rows])
 
 
-def task_named(name: str) -> Task:
-    """The task called `name`."""
-    return next(task for task in TASKS if task == name)
+def sets_of(config: Config, stream: str) -> list[str]:
+    """The sets that a stream of a mixture, TASK or TASK/SET, draws from."""
+    task, _, name = stream.partition("/")
+    return [name] if name else config.data.sets_of(task)
 
 
-def open_conversations(
-    config: Config, name: str, *, latents: bool, expect_fingerprint: Mapping[str, str] | None
-) -> ShardSet:
-    """A set of conversations, with the features (and latents) of its own images if it has any."""
-    folder = Path(config.data.path) / name
-    if not Manifest.file(folder, config.encoder.kind).exists():
-        return ShardSet(folder)
-    return open_set(config, name, latents=latents, expect_fingerprint=expect_fingerprint)
+def open_source(
+    config: Config,
+    name: str,
+    *,
+    latents: bool,
+    held_out: bool = False,
+    expect_fingerprint: Mapping[str, str] | None = None,
+) -> Source:
+    """A set or its held-out one, with the features (and latents) of its images if they are pairs or it has any."""
+    kind, folder = config.data.kinds[name], held_out_set(name) if held_out else name
+    if kind != "pairs" and not Manifest.file(Path(config.data.path) / folder, config.encoder.kind).exists():
+        return Source(name, kind, ShardSet(Path(config.data.path) / folder))
+    return Source(name, kind, open_set(config, folder, latents=latents, expect_fingerprint=expect_fingerprint))
 
 
 def heldout_prior_batches(
@@ -218,27 +231,30 @@ def heldout_prior_batches(
     tasks: Sequence[Task] = ("text_to_image", "image_to_text"),
     batch: int = 16,
     joint: bool = False,
+    name: str = TRAIN,
 ) -> Iterator[PackedBatch]:
-    """`limit` held-out pairs, evenly apart, as each of `tasks`, images at time `t`, noise keyed by the sample.
+    """`limit` held-out pairs of the set `name`, evenly apart, as each of `tasks`, images at time `t`.
 
-    `joint`: with features instead of latents.
+    Noise is keyed by the sample. `joint`: with features instead of latents.
     """
     wanted = "text_to_image" in tasks or config.prior.understanding != "raw"
-    pairs = open_set(config, "heldout", latents=wanted and not joint)
-    images = Images([pairs], config.encoder.kind)
+    pairs = open_source(config, name, latents=wanted and not joint, held_out=True)
+    images = Images([pairs.samples], config.encoder.kind)
     reader = SampleReader(config, images, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
-    numbers = spread(limit, len(pairs))
+    numbers = spread(limit, len(pairs.samples))
     for first in range(0, len(numbers), batch):
         chosen = numbers[first : first + batch]
-        yield reader.read(
-            [reader.plan_pair(task, n, n, 0, training=False) for n in chosen for task in tasks], fixed_t=t
-        )
+        yield reader.read([reader.plan(task, pairs, n, 0, training=False) for n in chosen for task in tasks], fixed_t=t)
 
 
-def heldout_conversations(config: Config) -> dict[str, Task]:
-    """The held-out sets of conversations that are there, and the task each is of."""
-    named = {held_out_set(name): task_named(task) for name, task in config.data.conversations.items()}
-    return {name: task for name, task in named.items() if Manifest.file(Path(config.data.path) / name).is_file()}
+def heldout_sets(config: Config) -> dict[str, SetKind]:
+    """Those of `data.sets` that have a held-out one with samples in it, and what they hold."""
+
+    def there(folder: Path) -> bool:
+        return Manifest.file(folder).is_file() and Manifest.read(folder).samples > 0
+
+    root = Path(config.data.path)
+    return {name: kind for name, kind in config.data.sets.items() if there(root / held_out_set(name))}
 
 
 def heldout_conversation_batches(
@@ -251,20 +267,20 @@ def heldout_conversation_batches(
     batch: int = 16,
     joint: bool = False,
 ) -> Iterator[PackedBatch]:
-    """As `heldout_prior_batches`, of `limit` conversations of the held-out set `name`.
+    """As `heldout_prior_batches`, of `limit` held-out conversations, documents or texts of the set `name`.
 
     Malformed ones are left out. The images they show are those of `heldout` and their own.
     """
-    task = heldout_conversations(config)[name]
-    further = open_conversations(config, name, latents=not joint, expect_fingerprint=None)
-    shown = [open_set(config, "heldout", latents=not joint), *([further] if further.parts else [])]
+    further = open_source(config, name, latents=not joint, held_out=True)
+    assert further.kind != "pairs"
+    shown = [open_set(config, "heldout", latents=not joint), *([further.samples] if further.samples.parts else [])]
     images = Images(shown, config.encoder.kind)
     reader = SampleReader(config, images, "heldout", vocabulary, stats, _ROWS_AT_ONCE, joint)
-    numbers = spread(limit, len(further))
+    numbers = spread(limit, len(further.samples))
     for first in range(0, len(numbers), batch):
         planned = []
         for n in numbers[first : first + batch]:
             with contextlib.suppress(DataError):
-                planned.append(reader.plan_conversation(task, n, further, n, 0, training=False))
+                planned.append(reader.plan(further.kind, further, n, 0, training=False))
         if planned:
             yield reader.read(planned, fixed_t=t)

@@ -103,6 +103,21 @@ class Layout:
         """Positions."""
         return len(self.rope)
 
+    def cut(self, limit: int) -> "Layout":
+        """The first `limit` positions, of a layout without images."""
+        if self.length <= limit:
+            return self
+        kept = self.label_index < limit - 1  # a label stands before the token it names
+        return Layout(
+            self.task,
+            (("causal", limit),),
+            self.tokens[:limit],
+            self.token_index[:limit],
+            self.label_index[kept],
+            self.label_ids[kept],
+            self.rope[:limit],
+        )
+
 
 def lay_out(task: Task, pieces: Iterable[Text | Picture], rope2d: bool = False, time_token: bool = False) -> Layout:
     """Text and pictures one after the other. All positions of a picture share one rotary id, what follows goes on.
@@ -274,11 +289,12 @@ def beside(features: Tensor, latents: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class Content:
-    """What goes with a layout: its key and the arrays of its images."""
+    """What goes with a layout: key and set of its sample, and the arrays of its images."""
 
     key: str
     layout: Layout
     images: Sequence[Arrays] = ()
+    source: str = ""
 
 
 def collate(contents: Sequence[Content], latent_channels: int, feature_channels: int) -> PackedBatch:
@@ -322,6 +338,7 @@ def collate(contents: Sequence[Content], latent_channels: int, feature_channels:
         feature_grid=_grids([place.grid for _, _, place, _ in seen]),
         keys=[content.key for content in contents],
         tasks=[layout.task for layout in layouts],
+        sources=[content.source for content in contents],
         label_sample=torch.from_numpy(
             np.repeat(np.arange(len(layouts)), [len(layout.label_ids) for layout in layouts])
         ),

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from unicom_dist.config.errors import DataError
-from unicom_dist.config.schema import Config
+from unicom_dist.config.schema import Config, held_out_set
 from unicom_dist.data.buckets import Buckets
 from unicom_dist.data.conversations import Conversation, Message
 from unicom_dist.data.images import Found, Images
-from unicom_dist.data.loader import heldout_conversations
+from unicom_dist.data.loader import heldout_sets
 from unicom_dist.data.pairs import conversation_of, open_set, spread
 from unicom_dist.data.samples import Words
 from unicom_dist.evaluate.heldout import Pair, read_pair, to_unit
@@ -51,7 +51,7 @@ def read_edits(config: Config, encoder: str, limit: int) -> list[PictureEdit]:
     DataError: features of another encoder, or none.
     """
     kind, expected = config.encoder.kind, {str(config.encoder.kind): encoder}
-    names = [name for name, task in heldout_conversations(config).items() if task == "image_text_to_image"]
+    names = [held_out_set(name) for name, holds in heldout_sets(config).items() if holds == "image_text_to_image"]
     if not names:
         return []
     sets = [open_set(config, name, expect_fingerprint=expected) for name in ("heldout", *names)]

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from unicom_dist.config.errors import DataError
-from unicom_dist.config.schema import Config
+from unicom_dist.config.schema import Config, held_out_set
 from unicom_dist.data.buckets import Buckets
 from unicom_dist.data.decode import decode_image
-from unicom_dist.data.loader import heldout_conversations
+from unicom_dist.data.loader import heldout_sets
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.npy import read_npy, to_tensor, write_npy
 from unicom_dist.data.pairs import captions_of, grid_of, image_of, open_set
@@ -93,7 +93,7 @@ def heldout_latents(config: Config, model: Path, fingerprint: str, device: torch
     `config` itself where its latents are that codec's; else they are computed from the features by the codec in
     `model`, a run directory or model folder, and removed at the end.
     """
-    names = ["heldout", *heldout_conversations(config)]
+    names = ["heldout", *map(held_out_set, heldout_sets(config))]
     stored = [Path(config.run_dir) / "latents" / name for name in names if _has_features(config, name)]
     if all(_is_of(folder, fingerprint) for folder in stored):
         yield config

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unicom_dist.config.schema import Config
-from unicom_dist.data.loader import heldout_conversation_batches, heldout_conversations, heldout_prior_batches
+from unicom_dist.data.loader import heldout_conversation_batches, heldout_prior_batches, heldout_sets
 from unicom_dist.data.pairs import captions_of, open_set
 from unicom_dist.data.samples import Task
 from unicom_dist.data.text import Vocabulary
@@ -99,7 +99,7 @@ def flow_rows(
 
 def edit_flow_row(config: Config, stage: str, prior: LoadedPrior, untrained: Transfusion) -> Row | None:
     """The flow loss of held-out edits, mean over `eval.fixed_t`; None where the recipe has none."""
-    names = [name for name, task in heldout_conversations(config).items() if task == "image_text_to_image"]
+    names = [name for name, kind in heldout_sets(config).items() if kind == "image_text_to_image"]
     model, fresh, linear = PerSample(), PerSample(), PerSample()
     for t in config.eval.fixed_t:
         batches = [batch for name in names for batch in _conversations(config, name, prior, t)]

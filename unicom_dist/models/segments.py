@@ -61,6 +61,7 @@ class PackedBatch:
     feature_grid: Tensor  # [M, 2] int64
     keys: list[str]  # per sample
     tasks: list[str]  # per sample
+    sources: list[str]  # per sample: the set it is of
     label_sample: Tensor  # [Y] int64, sample number of each label
     latent_sample: Tensor  # [N] int64
     target_features: Tensor = field(default_factory=partial(torch.zeros, 0, 0))  # [N, D], then; else empty

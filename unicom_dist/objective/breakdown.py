@@ -1,4 +1,4 @@
-"""What the losses of a prior are made of: means by task, by time, by shape and size of the image.
+"""What the losses of a prior are made of: means by task, by set, by time, by shape and size of the image.
 
 Each is a sum over items with its count, in a fixed order of names, so that all ranks' figures travel in one vector. P
 samples; the other shapes as in `models/segments.py`.
@@ -27,35 +27,44 @@ def _ratio(name: str) -> float:
 
 
 _BETWEEN = [math.sqrt(_ratio(a) * _ratio(b)) for a, b in itertools.pairwise(RATIOS)]
-NAMES: dict[str, tuple[str, ...]] = {  # of a term's averages, in their order
-    "text": tuple(f"loss_by_task/text/{task}" for task in TASKS),
-    "flow": (
-        *(f"loss_by_task/flow/{task}" for task in TASKS),
-        *(f"loss_by_t/flow/{k / TIMES:.1f}-{(k + 1) / TIMES:.1f}" for k in range(TIMES)),
-        *(f"loss_by_ratio/flow/{ratio}" for ratio in RATIOS),
-        *(f"loss_by_latents/flow/{2**k}" for k in range(SIZES)),
-        "latents/mean",
-        "latents/mean_square",
-    ),
-}
+
+
+def names_of(sources: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Of every term's averages, in their order. `sources`: the sets that samples may be of."""
+    by_set = {term: tuple(f"loss_by_set/{term}/{name}" for name in sources) for term in ("text", "flow")}
+    return {
+        "text": (*(f"loss_by_task/text/{task}" for task in TASKS), *by_set["text"]),
+        "flow": (
+            *(f"loss_by_task/flow/{task}" for task in TASKS),
+            *by_set["flow"],
+            *(f"loss_by_t/flow/{k / TIMES:.1f}-{(k + 1) / TIMES:.1f}" for k in range(TIMES)),
+            *(f"loss_by_ratio/flow/{ratio}" for ratio in RATIOS),
+            *(f"loss_by_latents/flow/{2**k}" for k in range(SIZES)),
+            "latents/mean",
+            "latents/mean_square",
+        ),
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class Kinds:
-    """Of every sample of a batch, numbers in `TASKS`, `RATIOS` and of its size: [P] int64 each.
+    """Of every sample of a batch, numbers in `TASKS`, of the `sources` there are, in `RATIOS`, of its size: [P] int64.
 
     A sample that draws several images is of the shape that holds them all.
     """
 
+    sources: int
     task: Tensor
+    source: Tensor
     ratio: Tensor
     size: Tensor
 
 
-def kinds_of(batch: PackedBatch) -> Kinds:
-    """Of a whole batch: a rank's share of it does not hold whole images."""
+def kinds_of(batch: PackedBatch, sources: Sequence[str]) -> Kinds:
+    """Of a whole batch: a rank's share of it does not hold whole images. Its samples are of sets of `sources`."""
     device = batch.latent_grid.device
-    task = torch.tensor([TASKS.index(task) for task in batch.tasks], dtype=torch.long).to(device, non_blocking=True)
+    numbers = [[TASKS.index(task) for task in batch.tasks], [sources.index(name) for name in batch.sources]]
+    task, source = torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
     drawn = batch.flow_index
     extent = torch.ones(len(batch.tasks), 2, dtype=torch.long, device=device)
     sample = batch.latent_sample[drawn, None].expand(-1, 2)
@@ -63,36 +72,38 @@ def kinds_of(batch: PackedBatch) -> Kinds:
     rows, columns = extent.float().unbind(1)
     ratio = torch.bucketize(columns / rows, torch.tensor(_BETWEEN, device=device))
     size = (rows * columns).log2().ceil().long().clamp_max(SIZES - 1)
-    return Kinds(task, ratio, size)
+    return Kinds(len(sources), task, source, ratio, size)
 
 
 def text_averages(losses: Tensor, batch: PackedBatch, kinds: Kinds) -> Tensor:
-    """[2, K] sums and counts, K = len(NAMES["text"]), of cross-entropies [Y]."""
-    return _count("text", losses.detach(), [kinds.task[batch.label_sample]])
+    """[2, K] sums and counts of cross-entropies [Y], by the K names of the text."""
+    sample = batch.label_sample
+    return _count(losses.detach(), [kinds.task[sample], kinds.source[sample]], [len(TASKS), kinds.sources])
 
 
 def flow_averages(errors: Tensor, batch: PackedBatch, kinds: Kinds) -> Tensor:
-    """[2, K] sums and counts, K = len(NAMES["flow"]), of flow errors [F] and of the latents being denoised."""
+    """[2, K] sums and counts of flow errors [F] and of the latents being denoised, by the K names of the flow."""
     drawn = batch.flow_index
     sample = batch.latent_sample[drawn]
     time = (batch.t[drawn] * TIMES).long().clamp_max(TIMES - 1)
-    parts = [kinds.task[sample], time, kinds.ratio[sample], kinds.size[sample]]
-    starts = [0, len(TASKS), len(TASKS) + TIMES, len(TASKS) + TIMES + len(RATIOS)]
-    found = _count("flow", errors.detach(), [part + start for part, start in zip(parts, starts, strict=True)])
+    parts = [kinds.task[sample], kinds.source[sample], time, kinds.ratio[sample], kinds.size[sample]]
+    found = _count(errors.detach(), parts, [len(TASKS), kinds.sources, TIMES, len(RATIOS), SIZES])
     latents = batch.latents[drawn].detach().float()
-    found[0, -2], found[0, -1] = latents.mean(1).sum(), latents.square().mean(1).sum()
-    found[1, -2:] = drawn.shape[0]
-    return found
+    squares = torch.stack([latents.mean(1).sum(), latents.square().mean(1).sum()])
+    return torch.cat([found, torch.stack([squares, torch.full_like(squares, drawn.shape[0])])], 1)
 
 
-def _count(term: str, values: Tensor, places: Sequence[Tensor]) -> Tensor:
-    found = torch.zeros(2, len(NAMES[term]), device=values.device)
+def _count(values: Tensor, parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Sums and counts [2, sum(sizes)] of values [n], each in one place of every part: part k has `sizes[k]` of them."""
+    found = torch.zeros(2, sum(sizes), device=values.device)
     both = torch.stack([values.float(), torch.ones_like(values, dtype=torch.float32)])
-    found.index_add_(1, torch.cat(list(places)), both.repeat(1, len(places)))
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    places = torch.cat([part + start for part, start in zip(parts, starts, strict=True)])
+    found.index_add_(1, places, both.repeat(1, len(parts)))
     return found
 
 
-def means(term: str, averages: Sequence[Sequence[float]]) -> dict[str, float]:
+def means(names: Sequence[str], averages: Sequence[Sequence[float]]) -> dict[str, float]:
     """By name, of what occurred, from (sums, counts) of all ranks."""
     sums, counts = averages
-    return {name: value / count for name, value, count in zip(NAMES[term], sums, counts, strict=True) if count}
+    return {name: value / count for name, value, count in zip(names, sums, counts, strict=True) if count}

@@ -23,7 +23,7 @@ from unicom_dist.objective.perceptual_loss import PerceptualLoss
 class LossTerm:
     """A weighted loss: `sum` over `count` items of this batch.
 
-    `averages` [2, K]: sums and counts of what its items are broken down to, named in `breakdown.NAMES`.
+    `averages` [2, K]: sums and counts of what its items are broken down to, named by `breakdown.names_of`.
     """
 
     sum: Tensor

@@ -145,7 +145,7 @@ def merged(pieces: Sequence[PackedBatch]) -> PackedBatch:
             values[name] = torch.cat([getattr(first, name), getattr(piece, name) + samples])
         moved = [replace(segment, sample=segment.sample + samples) for segment in piece.segments]
         values |= {"segments": first.segments + moved, "keys": first.keys + piece.keys}
-        first = replace(first, **values, tasks=first.tasks + piece.tasks)
+        first = replace(first, **values, tasks=first.tasks + piece.tasks, sources=first.sources + piece.sources)
     return first
 
 

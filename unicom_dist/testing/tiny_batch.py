@@ -79,6 +79,7 @@ def tiny_batch(
         feature_grid=torch.tensor(grids["feature"], dtype=torch.int64).reshape(-1, 2),
         keys=[str(number) for number in range(len(samples))],
         tasks=["interleaved"] * len(samples),
+        sources=["train"] * len(samples),
         label_sample=torch.tensor(label_sample, dtype=torch.int64),
         latent_sample=torch.tensor(latent_sample, dtype=torch.int64),
         time_index=index["time"],

@@ -146,7 +146,7 @@ class Observer:
                 yardstick = {"mfu_peak_flops_per_s": self._peak.flops_per_s, "mfu_peak_source": self._peak.source}
                 self._metrics.log(self.stage.name, run.step, yardstick, kind="params")
         further = run.task.figures(run.mesh, run.step)
-        sums, averages = self._losses.take_all(list(self._counts), run.mesh)
+        sums, averages = self._losses.take_all(list(self._counts), run.task.averages, run.mesh)
         losses = {name: value / max(self._counts[name], 1) for name, (value, _) in sums.items()}
         if self._metrics and self._console:
             steps = run.step - self._since

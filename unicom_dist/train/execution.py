@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unicom_dist.objective.breakdown import NAMES, means
+from unicom_dist.objective.breakdown import means
 from unicom_dist.objective.terms import LossTerm, total
 from unicom_dist.parallel.engine import Engine
 from unicom_dist.parallel.mesh import Mesh
@@ -55,13 +55,18 @@ class LossSums:
 
     def take(self, names: Sequence[str], mesh: Mesh) -> dict[str, tuple[float, float]]:
         """(sum, weighted sum) of each term over all ranks, and start anew. Collective over the world."""
-        return self.take_all(names, mesh)[0]
+        return self.take_all(names, {}, mesh)[0]
 
-    def take_all(self, names: Sequence[str], mesh: Mesh) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
-        """As `take`, and the means their items are broken down to, by name. Collective over the world, once."""
+    def take_all(
+        self, names: Sequence[str], averages: Mapping[str, Sequence[str]], mesh: Mesh
+    ) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+        """As `take`, and the means their items are broken down to, by name. Collective over the world, once.
+
+        `averages`: as `Task.averages`.
+        """
         rows = torch.zeros(len(names), 2, dtype=torch.float64, device=mesh.device)
-        divided = [name for name in names if name in NAMES]
-        further = [torch.zeros(2, len(NAMES[name]), dtype=torch.float64, device=mesh.device) for name in divided]
+        divided = [name for name in names if name in averages]
+        further = [torch.zeros(2, len(averages[name]), dtype=torch.float64, device=mesh.device) for name in divided]
         if mesh.tp.rank == 0:
             for row, name in zip(rows, names, strict=True):
                 row += self._sums.get(name, 0.0)
@@ -72,7 +77,7 @@ class LossSums:
         packed = mesh.everyone.sum(torch.cat([rows.flatten(), *(table.flatten() for table in further)]))
         first, *tables = torch.split(packed.cpu(), [rows.numel(), *(table.numel() for table in further)])
         pairs = dict(zip(names, ((pair[0], pair[1]) for pair in first.view(-1, 2).tolist()), strict=True))
-        found = [means(name, table.view(2, -1).tolist()) for name, table in zip(divided, tables, strict=True)]
+        found = [means(averages[name], table.view(2, -1).tolist()) for name, table in zip(divided, tables, strict=True)]
         return pairs, {name: value for part in found for name, value in part.items()}
 
 

@@ -27,7 +27,6 @@ from unicom_dist.models.joint import OWN, JointPrior, Reconstruction, compressor
 from unicom_dist.models.latent_statistics import Moments, effective_rank
 from unicom_dist.models.segments import PackedBatch
 from unicom_dist.models.sharding import outlined
-from unicom_dist.objective.breakdown import kinds_of
 from unicom_dist.objective.terms import LossTerm, joint_counts, joint_terms
 from unicom_dist.parallel.engine import Piece
 from unicom_dist.parallel.mesh import Mesh
@@ -102,7 +101,7 @@ class JointTask(PriorTask):
         return super().flops(batch) + token_flops(self._towers, image_lengths(batch))
 
     def outcome(self, outputs: Any, batch: PackedBatch, first: bool, last: bool) -> tuple[Payload, dict[str, LossTerm]]:
-        kinds = kinds_of(batch) if last else None
+        kinds = self._kinds(batch) if last else None
         terms = joint_terms(outputs, self._share.region(batch), self.stage, first, last, kinds)
         return (() if last else tuple(outputs[:2])), terms
 

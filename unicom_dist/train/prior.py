@@ -1,6 +1,6 @@
 """The training stages of the prior: the Transfusion backbone, whole or in pp_stages."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unicom_dist.checkpoint.weights import export_weights, read_weights_config
-from unicom_dist.config.schema import Config, PriorConfig, StageConfig, held_out_set
+from unicom_dist.config.schema import TASKS_OF, Config, PriorConfig, SetKind, StageConfig
 from unicom_dist.data.loader import (
     PriorLoader,
     heldout_conversation_batches,
-    heldout_conversations,
     heldout_prior_batches,
+    heldout_sets,
 )
 from unicom_dist.data.manifest import Manifest
 from unicom_dist.data.pairs import feature_channels, open_set
@@ -32,7 +32,7 @@ from unicom_dist.models.segments import PackedBatch, Segment
 from unicom_dist.models.sharding import outline
 from unicom_dist.models.share import Share
 from unicom_dist.models.transfusion import Transfusion, initial_weight
-from unicom_dist.objective.breakdown import kinds_of
+from unicom_dist.objective.breakdown import Kinds, kinds_of, names_of
 from unicom_dist.objective.terms import LossTerm, prior_counts, prior_terms
 from unicom_dist.parallel.kernels import Kernels, choose
 from unicom_dist.parallel.mesh import Mesh
@@ -142,7 +142,14 @@ class PriorTask(Task[PackedBatch]):
         return prior_flops(self.config.prior, batch, self._vocabulary.size, backbone_frozen=frozen)
 
     def terms(self, outputs: Any, batch: PackedBatch) -> dict[str, LossTerm]:
-        return prior_terms(outputs, self._share.region(batch), self.stage, kinds_of(batch))
+        return prior_terms(outputs, self._share.region(batch), self.stage, self._kinds(batch))
+
+    def _kinds(self, batch: PackedBatch) -> Kinds:
+        return kinds_of(batch, list(self.config.data.kinds))
+
+    @property
+    def averages(self) -> Mapping[str, Sequence[str]]:
+        return names_of(list(self.config.data.kinds))
 
     def boundaries(self, batch: PackedBatch) -> list[Boundary]:
         width = self.config.prior.hidden
@@ -159,12 +166,26 @@ class PriorTask(Task[PackedBatch]):
             self.config, self._vocabulary, self._stats, 0.5, limit, tasks=("image_to_text",)
         ):
             yield "", batch
-        for name, task in heldout_conversations(self.config).items():
-            for t in self.config.eval.fixed_t if self.stage.draws(task) else ():
-                for batch in heldout_conversation_batches(
-                    self.config, name, self._vocabulary, self._stats, t, limit, joint=joint
-                ):
-                    yield f"_{name.removesuffix(held_out_set(''))}@{t:g}", batch
+        for name, kind in heldout_sets(self.config).items():
+            if any(self.stage.draws(task) for task in TASKS_OF[kind]):
+                yield from self._heldout_of(name, kind)
+
+    def _heldout_of(self, name: str, kind: SetKind) -> Iterator[tuple[str, PackedBatch]]:
+        """Of a further set: text alone once, what draws at every time."""
+        limit, joint = self.config.eval.images, self.stage.joint.enabled
+        given = self.config, self._vocabulary, self._stats
+        if kind == "pairs":
+            for batch in heldout_prior_batches(*given, 0.5, limit, ("image_to_text",), name=name):
+                yield f"_{name}", batch
+        for t in self.config.eval.fixed_t if kind != "text" else (0.5,):
+            at = f"@{t:g}" if kind != "text" else ""
+            found = (
+                heldout_prior_batches(*given, t, limit, ("text_to_image",), joint=joint, name=name)
+                if kind == "pairs"
+                else heldout_conversation_batches(self.config, name, *given[1:], t, limit, joint=joint)
+            )
+            for batch in found:
+                yield f"_{name}{at}", batch
 
     @cached_property
     def description(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ whole step (all ranks, all micro-batches).
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -77,6 +77,11 @@ class Task(ABC, Generic[Batch]):
     def begins(self, name: str) -> bool:
         """Whether the stage starts this tensor from `build`'s values rather than from the stage before."""
         return False
+
+    @property
+    def averages(self) -> Mapping[str, Sequence[str]]:
+        """Names of what the items of a term are broken down to, for the terms that are."""
+        return {}
 
     def begin_step(self, step: int) -> None:
         """What of the loss follows the step; `step` steps of the stage are finished."""

@@ -6,7 +6,7 @@ than one section are validators of the section that holds both. Imports no torch
 
 from unicom_dist.config.schema.base import Section, Unworkable
 from unicom_dist.config.schema.codec import CodecConfig, CompressorConfig, DecoderConfig
-from unicom_dist.config.schema.data import EDITS, DataConfig, EncoderConfig, held_out_set
+from unicom_dist.config.schema.data import EDITS, TASKS_OF, TRAIN, DataConfig, EncoderConfig, SetKind, held_out_set
 from unicom_dist.config.schema.parallel import KernelsConfig, ParallelConfig
 from unicom_dist.config.schema.prior import PriorConfig
 from unicom_dist.config.schema.recipe import Config
@@ -16,6 +16,8 @@ from unicom_dist.config.schema.use import AblationConfig, EvalConfig, SampleConf
 __all__ = [
     "EDITS",
     "LEARNED_BY",
+    "TASKS_OF",
+    "TRAIN",
     "AblationConfig",
     "CodecConfig",
     "CompressorConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "QueryConfig",
     "SampleConfig",
     "Section",
+    "SetKind",
     "SpikeConfig",
     "StageConfig",
     "TrackingConfig",

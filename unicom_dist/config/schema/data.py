@@ -1,17 +1,25 @@
 """Pictures, their encoder and its features."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from unicom_dist.config.schema.base import Fraction, Section, Unworkable
 
 EDITS = "edits"  # the set of edits that ingest makes
+TRAIN = "train"  # the set of pairs that every recipe has
+SetKind = Literal["pairs", "text", "image_text_to_image", "interleaved"]
+TASKS_OF: dict[SetKind, tuple[str, ...]] = {  # the tasks that samples of a set serve
+    "pairs": ("text", "text_to_image", "image_to_text"),
+    "text": ("text",),
+    "image_text_to_image": ("image_text_to_image",),
+    "interleaved": ("interleaved",),
+}
 
 
 def held_out_set(name: str) -> str:
-    """The set that is to a set of conversations what heldout/ is to train/."""
-    return f"{name}-heldout"
+    """The set that is to the set `name` what heldout/ is to train/, and `heldout` itself of that."""
+    return "heldout" if name == TRAIN else f"{name}-heldout"
 
 
 class DataConfig(Section):
@@ -25,17 +33,38 @@ class DataConfig(Section):
     edits: int = Field(0, ge=0, description="edits (recolour, mirror, crop, compose) made from the training images, as the set edits/; a fifth as many from held-out ones, as edits-heldout/")
     shard_samples: PositiveInt = Field(512, description="samples per tar")
     languages: list[str] = Field(["en"], description="CLDR languages the captions are taken from")
-    conversations: dict[str, Literal["image_text_to_image", "interleaved"]] = Field(
-        default_factory=dict, description="further sets under `path` whose samples are conversations or documents, and the task they are of"
+    sets: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], SetKind] = Field(
+        default_factory=dict, description="further sets under `path` and what they hold: pairs, as train; text; or conversations and documents, by their task"
     )
     limit: int = Field(0, ge=0, description="use only the first N images of the source; 0 = all")
     max_bad_fraction: Fraction = Field(0.01, description="stop when more than this share of the samples is malformed")
 
     @property
+    def kinds(self) -> dict[str, SetKind]:
+        """What every set holds that a prior is trained with."""
+        return {TRAIN: "pairs", **self.sets}
+
+    @property
+    def pairs(self) -> list[str]:
+        """The sets of pairs."""
+        return [name for name, kind in self.kinds.items() if kind == "pairs"]
+
+    @property
     def further_sets(self) -> list[str]:
-        """Names of the sets of conversations, each followed by its held-out one; not all of them need be there."""
-        names = dict.fromkeys([*self.conversations, *([EDITS] if self.edits else [])])
+        """Names of the sets beside train, each followed by its held-out one; not all of them need be there."""
+        names = dict.fromkeys([*self.sets, *([EDITS] if self.edits else [])])
         return [each for name in names for each in (name, held_out_set(name))]
+
+    def sets_of(self, task: str) -> list[str]:
+        """The sets whose samples serve a task."""
+        return [name for name, kind in self.kinds.items() if task in TASKS_OF[kind]]
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        for name in self.sets:
+            if name in (TRAIN, "augmented", "heldout") or name.endswith(held_out_set("")):
+                raise Unworkable(f"sets.{name}", "a set of this name is made of data.source", "give it another name")
+        return self
 
 
 class EncoderConfig(Section):

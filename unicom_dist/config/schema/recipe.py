@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from unicom_dist.config.layout import Layout, refusals
 from unicom_dist.config.schema.base import Section, Unworkable, multiples
 from unicom_dist.config.schema.codec import CodecConfig
-from unicom_dist.config.schema.data import DataConfig, EncoderConfig, FeaturesConfig
+from unicom_dist.config.schema.data import TASKS_OF, DataConfig, EncoderConfig, FeaturesConfig
 from unicom_dist.config.schema.parallel import DeepSpeedConfig, KernelsConfig, ParallelConfig
 from unicom_dist.config.schema.prior import PriorConfig
 from unicom_dist.config.schema.stage import StageConfig
@@ -45,14 +45,14 @@ class Config(Section):
         for stage in self.stages:
             replicas = self.layout(stage, self.parallel.nproc).dp
             share = replicas * stage.micro_batches
-            named = set(self.data.conversations.values())
-            for task in ("image_text_to_image", "interleaved"):
-                if stage.kind == "prior" and stage.draws(task) and task not in named:
-                    weight = getattr(stage.mixture, task)
+            for stream in stage.streams if stage.kind == "prior" else ():
+                task, _, name = stream.partition("/")
+                there = self.data.sets_of(task)
+                if not there or (name and name not in there):
                     raise Unworkable(
-                        f"stages.{stage.name}.mixture.{task} = {weight:g}" if weight else f"stages.{stage.name}.mixture_changes with {task}",
-                        "no set of data.conversations is of that task, so there is nothing to draw",
-                        f"data.conversations: {{SET: {task}}}, or {task}: 0",
+                        f"stages.{stage.name}.mixture{'' if stream in stage.mixture.streams else '_changes'} with {task}{f': {name}' if name else ''}",
+                        f"no set of data.sets {f'called {name} ' if name else ''}is of that task, so there is nothing to draw",
+                        f"data.sets: {{{name or 'SET'}: {task if task in TASKS_OF else 'pairs'}}}, or " + (f"one of {', '.join(there)}" if there else f"{task}: 0"),
                     )
             if stage.kind != "latents" and stage.batch % share:
                 raise Unworkable(

@@ -1,24 +1,48 @@
 """A stage of the curriculum: what it trains, on what, and how."""
 
-from typing import Literal, Self
+import math
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from unicom_dist.config.schema.base import Fraction, NonNegative, Section, Unworkable
 
 
-class Mixture(Section):
-    """Sampling weights of the tasks of a prior stage; any positive numbers, normalised to shares of samples."""
+def _checked(weight: object) -> object:
+    """Said once, and not for each of the two forms that a weight may have."""
+    values = list(weight.values()) if isinstance(weight, dict) else [weight]
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf for value in values):
+        raise Unworkable(f"{weight!r} is no weight", "needs a number >= 0, or such numbers by set", "for example 0.5, or {train: 0.4, photos: 0.1}")
+    return weight
 
-    text: NonNegative = Field(0.0, description="captions alone")
-    text_to_image: NonNegative = Field(0.0, description="draw the image of a caption")
-    image_to_text: NonNegative = Field(0.0, description="describe an image")
-    image_text_to_image: NonNegative = Field(0.0, description="draw after images and words: edits")
-    interleaved: NonNegative = Field(0.0, description="documents and conversations of text and images in any order")
+
+Weight = Annotated[float | dict[str, float], BeforeValidator(_checked)]
+
+
+class Mixture(Section):
+    """Sampling weights of the tasks of a prior stage; any positive numbers, normalised to shares of samples.
+
+    A task has one weight, and its sets are gone through as one; or a weight for each set, {SET: WEIGHT}.
+    """
+
+    text: Weight = Field(0.0, description="captions alone, and sets of text")
+    text_to_image: Weight = Field(0.0, description="draw the image of a caption")
+    image_to_text: Weight = Field(0.0, description="describe an image")
+    image_text_to_image: Weight = Field(0.0, description="draw after images and words: edits")
+    interleaved: Weight = Field(0.0, description="documents and conversations of text and images in any order")
+
+    @property
+    def streams(self) -> dict[str, float]:
+        """The weights above 0, by TASK where its sets are drawn as one, by TASK/SET where they have their own."""
+        found: dict[str, float] = {}
+        for task in type(self).model_fields:
+            weight = getattr(self, task)
+            found |= {f"{task}/{name}": each for name, each in weight.items()} if isinstance(weight, dict) else {task: weight}
+        return {stream: weight for stream, weight in found.items() if weight}
 
     @model_validator(mode="after")
     def _some(self) -> Self:
-        if sum(self.model_dump().values()) <= 0:
+        if not self.streams:
             raise Unworkable("all weights are 0", "there is nothing to draw from", "give at least one task a positive weight")
         return self
 
@@ -70,7 +94,7 @@ class StageConfig(Section):
     micro_batches: PositiveInt = Field(1, description="pieces a rank cuts its share of the step into")
     row_positions: PositiveInt = Field(1024, description="prior: positions per packed row")
     mixture: Mixture = Mixture(text_to_image=1.0)
-    mixture_changes: dict[PositiveInt, dict[Literal["text", "text_to_image", "image_to_text", "image_text_to_image", "interleaved"], NonNegative]] = Field(
+    mixture_changes: dict[PositiveInt, Mixture] = Field(
         {}, description="prior: other weights after so many steps, {STEP: {TASK: WEIGHT}}; tasks not named get 0, every source goes on where it stands"
     )
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
@@ -122,22 +146,23 @@ class StageConfig(Section):
             raise Unworkable("trainable = connector with text alone", "neither connector nor heads have a part in it", "give a task with images a weight, or trainable: all")
         return self
 
+    @property
+    def streams(self) -> list[str]:
+        """What the mixture draws from at any time of the stage, as `Mixture.streams` names it."""
+        return list(dict.fromkeys(name for mixture in (self.mixture, *self.mixture_changes.values()) for name in mixture.streams))
+
     def draws(self, task: str) -> bool:
         """Whether the task has a weight at any time of the stage."""
-        later = [weight for weights in self.mixture_changes.values() for name, weight in weights.items() if name == task]
-        return any([getattr(self.mixture, task), *later])
+        return any(stream.partition("/")[0] == task for stream in self.streams)
 
-    def mixture_at(self, step: int) -> dict[str, float]:
-        """Weight of every task in the step after `step` others."""
+    def mixture_at(self, step: int) -> Mixture:
+        """The weights in the step after `step` others."""
         begun = [after for after in self.mixture_changes if after <= step]
-        weights = dict.fromkeys(Mixture.model_fields, 0.0)
-        return weights | (self.mixture_changes[max(begun)] if begun else self.mixture.model_dump())
+        return self.mixture_changes[max(begun)] if begun else self.mixture
 
     @model_validator(mode="after")
     def _changes(self) -> Self:
-        for after, weights in self.mixture_changes.items():
-            if not sum(weights.values()):
-                raise Unworkable(f"mixture_changes.{after} = {weights}", "there is nothing to draw from", "give at least one task a positive weight")
+        for after in self.mixture_changes:
             if after >= self.steps:
                 raise Unworkable(f"mixture_changes.{after} of a stage of steps = {self.steps}", "it would never come", f"change it after 1 to {self.steps - 1} steps")
         return self

@@ -16,6 +16,7 @@ from unicom_dist.tracking.report.pictures import captions, pictures
 REPORT_FILE = "report.html"
 TRAIN, HELD_OUT = "#3465a4", "#c4601d"
 RAW, RAW_COLOR = "loss_raw/", "#8b4fa8"  # held-out losses of the weights as they are
+EPOCHS = "data/epochs"
 COLORS = ("#3465a4", "#c4601d", "#2e8540", "#8b4fa8", "#b3344d", "#5f6b7a", "#0f8f8f", "#8a6d1b")
 _NAMES = {
     "loss/total": "total loss", "loss/text": "text loss", "loss/flow": "flow loss",
@@ -120,17 +121,14 @@ def curves(runs: list[Run]) -> Markup | None:
     blocks: list[Child] = [_legend(runs)]
     for stage in stages:
         names = dict.fromkeys(n for run in runs if stage in run.stages for n in run.stages[stage].curves)
-        alone = [name for name in names if "@" not in name and not name.startswith(("loss_by_", RAW))]
+        alone = [name for name in names if "@" not in name and not _family_of(name) and not name.startswith(RAW)]
         ordered = sorted(alone, key=_rank)
         front = [_chart(runs, stage, name) for name in ordered if name not in _BEHIND]
         front += [
             _fixed_times(runs, stage, name)
             for name in dict.fromkeys(n.partition("@")[0] for n in names if "@" in n and not n.startswith(RAW))
         ]
-        front += [
-            _family(runs, stage, name)
-            for name in sorted({n.rpartition("/")[0] for n in names if n.startswith("loss_by_")})
-        ]
+        front += [_family(runs, stage, name) for name in sorted({_family_of(n) for n in names} - {""})]
         behind = [_chart(runs, stage, name) for name in ordered if name in _BEHIND]
         charts = [[c for c in group if c] for group in (front, behind)]
         if any(charts):
@@ -183,17 +181,24 @@ def _fixed_times(runs: list[Run], stage: str, name: str) -> Markup | None:
     return chart(f"{_title(name)} at t", lines, labels=len(runs) == 1)
 
 
+def _family_of(name: str) -> str:
+    """What a curve shares a chart with others by: `loss_by_KIND/TERM` or `data/epochs`; "" if it has its own."""
+    return EPOCHS if name.startswith(f"{EPOCHS}/") else name.rpartition("/")[0] if name.startswith("loss_by_") else ""
+
+
 def _family(runs: list[Run], stage: str, family: str) -> Markup | None:
-    """One chart of the members of `loss_by_KIND/TERM`; None where there is a single one."""
+    """One chart of the members of a family; of losses, None where there is a single one."""
     lines, several = [], False
     for index, run in enumerate(runs):
         found = run.stages[stage].curves if stage in run.stages else {}
-        members = sorted((name for name in found if name.rpartition("/")[0] == family), key=_magnitude)
+        members = sorted((name for name in found if _family_of(name) == family), key=_magnitude)
         several |= len(members) > 1
         for number_, name in enumerate(members):
             color = COLORS[(index if len(runs) > 1 else number_) % len(COLORS)]
             prefix = f"{run.name} " if len(runs) > 1 else ""
-            lines.append(Line(f"{prefix}{name.rpartition('/')[2]}", found[name].train, color))
+            lines.append(Line(f"{prefix}{name.removeprefix(family)[1:]}", found[name].train, color))
+    if family == EPOCHS:
+        return chart("epochs", lines, labels=len(runs) == 1)
     kind, _, term = family.removeprefix("loss_by_").partition("/")
     return chart(f"{_title(f'loss/{term}')} by {kind}", lines, labels=len(runs) == 1) if several else None
 
