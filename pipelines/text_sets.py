@@ -60,7 +60,8 @@ def write_text_sets(data: DataConfig, name: str) -> list[SetSummary]:
         "image_px": data.image_px,
     }
     folders = [Path(data.path) / name, Path(data.path) / held_out_set(name)]
-    reused = all(existing(folder, producer) is not None for folder in folders)
+    found = [existing(folder, producer) for folder in folders]
+    reused = None not in found
     if not reused:
         _write(data, name, files, folders, producer)
     summaries = [SetSummary.of(folder, reused) for folder in folders]

@@ -83,6 +83,8 @@ class CodecTask(Task[CodecBatch]):
             values = {name: joint[name].float() for name in joint if self.begins(name)}
             module.load_state_dict(values, strict=False)
             module.compressor.requires_grad_(False)
+        trained = {name.partition(".")[0] for name, weight in module.named_parameters() if weight.requires_grad}
+        assert ("encoder" in trained) == self.config.codec.encoder_trainable, "the encoder stays frozen"
         return module
 
     def initial(self, name: str, parameter: nn.Parameter) -> Tensor:
