@@ -143,4 +143,10 @@ def test_losses_are_on_record_by_set_and_of_what_is_held_out_of_it(config: Confi
         by_set = {name: trained[f"loss_by_set/{term}/{name}"] for name in sets}
         assert min(by_set.values()) <= trained[f"loss/{term}"] <= max(by_set.values())
     assert "loss_by_set/flow/books" not in trained
-    assert {"loss/text_books", "loss/text_photos", "loss/flow_photos@0.3", "loss/flow@0.3"} <= held_out.keys()
+    assert {name for name in held_out if name.startswith("loss/text")} == {
+        "loss/text",
+        *(f"loss/text_{name}" for name in SETS),
+    }
+    by_time = [held_out[f"loss/flow_photos@{t:g}"] for t in config.eval.fixed_t]
+    assert held_out["loss/flow_photos"] == pytest.approx(sum(by_time) / len(by_time))
+    assert not any("flow_books" in name or "flow_talks" in name for name in held_out)

@@ -46,7 +46,8 @@ def _measured(run: "Run", every: list[tuple[str, Any]], weights: Buffers, prefix
     # The labels of samples that draw (with a suffix: the time) say little: where the image begins.
     names = [name for name, count in counts.items() if count and not (name.startswith("text") and "@" in name)]
     values = {f"{prefix}/{name}": pairs[name][0] / counts[name] for name in names}
-    times = [value for name, value in values.items() if name.startswith(f"{prefix}/flow@")]
-    if times:
-        values[f"{prefix}/flow"] = sum(times) / len(times)
-    return values
+    at_times: dict[str, list[float]] = {}
+    for name, value in values.items():
+        if "@" in name:
+            at_times.setdefault(name.partition("@")[0], []).append(value)
+    return values | {name: sum(found) / len(found) for name, found in at_times.items()}

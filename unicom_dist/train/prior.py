@@ -1,9 +1,10 @@
 """The training stages of the prior: the Transfusion backbone, whole or in pp_stages."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -171,21 +172,21 @@ class PriorTask(Task[PackedBatch]):
                 yield from self._heldout_of(name, kind)
 
     def _heldout_of(self, name: str, kind: SetKind) -> Iterator[tuple[str, PackedBatch]]:
-        """Of a further set: text alone once, what draws at every time."""
+        """Of a further set: what is said once, as it does not depend on the time, and what is drawn at every time."""
         limit, joint = self.config.eval.images, self.stage.joint.enabled
-        given = self.config, self._vocabulary, self._stats
-        if kind == "pairs":
-            for batch in heldout_prior_batches(*given, 0.5, limit, ("image_to_text",), name=name):
-                yield f"_{name}", batch
-        for t in self.config.eval.fixed_t if kind != "text" else (0.5,):
-            at = f"@{t:g}" if kind != "text" else ""
-            found = (
-                heldout_prior_batches(*given, t, limit, ("text_to_image",), joint=joint, name=name)
-                if kind == "pairs"
-                else heldout_conversation_batches(self.config, name, *given[1:], t, limit, joint=joint)
-            )
-            for batch in found:
-                yield f"_{name}{at}", batch
+        given = self._vocabulary, self._stats
+
+        def batches(t: float, task: Literal["image_to_text", "text_to_image"]) -> Iterator[PackedBatch]:
+            if kind == "pairs":
+                return heldout_prior_batches(self.config, *given, t, limit, (task,), joint=joint, name=name)
+            return heldout_conversation_batches(self.config, name, *given, t, limit, joint=joint)
+
+        if kind != "image_text_to_image":
+            for batch in batches(0.5, "image_to_text"):
+                yield f"_{name}", replace(batch, flow_index=batch.flow_index[:0])
+        for t in self.config.eval.fixed_t if kind != "text" else ():
+            for batch in batches(t, "text_to_image"):
+                yield f"_{name}@{t:g}", batch
 
     @cached_property
     def description(self) -> dict[str, Any]:
