@@ -8,8 +8,9 @@ import glob
 import itertools
 import json
 import logging
+import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from xxhash import xxh3_128
@@ -85,9 +86,10 @@ def _write(data: DataConfig, name: str, files: list[Path], folders: list[Path], 
         manifests[which].shards.append(write_shard(folders[which], shard, waiting[which]))
         waiting[which].clear()
 
+    root = Path(os.path.commonpath([file.parent for file in files]))
     with JobProgress(f"ingest {name}", len(files), start=0) as progress:
         for number, file in enumerate(files, 1):
-            for said in _samples(file):
+            for said in _samples(file, key_of(file.relative_to(root).with_suffix("").as_posix())):
                 try:
                     if said.key in seen:
                         raise DataError("the key occurs twice; the first was kept")
@@ -130,20 +132,21 @@ def _files(source: str) -> list[Path]:
     return found
 
 
-def _samples(path: Path) -> Iterator[Said]:
+def _samples(path: Path, key: str) -> Iterator[Said]:
+    """Of a file; `key` is of the file, and so of what has no key of its own."""
     if path.suffix == ".txt":
-        yield Said(key_of(path.with_suffix("").as_posix()), {"text": path.read_text("utf-8", errors="replace")})
+        yield Said(key, {"text": path.read_text("utf-8", errors="replace")})
     elif path.suffix == ".tar":
         yield from _of_tar(path)
     else:
-        yield from _of_table(path)
+        yield from _of_table(path, key)
 
 
-def _of_table(path: Path) -> Iterator[Said]:
+def _of_table(path: Path, name: str) -> Iterator[Said]:
     """Rows with `messages`, `document` or `text`; optional `key` and, relative to the table, a picture's file."""
     for number, row in enumerate(table_rows(path)):
         columns = {str(name).strip().lower(): value for name, value in row.items() if name is not None}
-        key = slug(str(columns.get("key") or f"{slug(path.stem)}-{number:09d}"))
+        key = key_of(str(columns["key"])) if columns.get("key") else f"{name}-{number:09d}"
         file = next((str(columns[name]) for name in PATH_COLUMNS if columns.get(name)), "")
         yield Said(key, columns, Record(key, (), "", str(path.parent / file)) if file else None)
 
@@ -151,7 +154,7 @@ def _of_table(path: Path) -> Iterator[Said]:
 def _of_tar(path: Path) -> Iterator[Said]:
     shard = Shard(path)
     for number, name in enumerate(shard.keys):
-        members, key = shard[number], key_of(PurePosixPath(name).as_posix())
+        members, key = shard[number], key_of(name)
         image = next((ext for ext in members if f".{ext.lower()}" in IMAGE_SUFFIXES), None)
         picture = Record(key, (), "", content=bytes(members[image])) if image else None
         if "txt" in members:

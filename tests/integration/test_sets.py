@@ -120,6 +120,20 @@ def test_bad_samples_are_named(tmp_path: Path, name: str, rows: list[dict[str, A
     assert (summary.samples, len(summary.skipped)) == (1, 1)
 
 
+def test_files_of_one_name_in_several_folders_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, data={"sets": SETS, "held_out": 0.0})
+    long = "k" * 200
+    for folder in ("a", "b"):
+        (tmp_path / "corpus" / folder).mkdir(parents=True)
+        (tmp_path / f"corpus/{folder}/part.txt").write_text(f"of {folder}")
+        rows = [{"text": f"row of {folder}"}, {"text": "with a key", "key": f"{folder}/{long}"}]
+        (tmp_path / f"corpus/{folder}/part.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source, name, count in (("corpus", "books", 2), ("corpus/**/*.jsonl", "talks", 4)):
+        (summary, _) = ingest.run(with_source(config, tmp_path / source), name=name)
+        assert (summary.samples, summary.skipped) == (count, {})
+    assert list(ShardSet(Path(config.data.path) / "books").keys()) == ["a_part", "b_part"]
+
+
 def test_sets_and_sources_that_are_not_there_are_refused(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, data={"sets": SETS})
     with pytest.raises(ConfigError) as caught:
