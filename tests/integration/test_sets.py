@@ -20,6 +20,7 @@ from unicom_dist.parallel.mesh import Mesh
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 from unicom_dist.tracking.metrics import read_metrics
 from unicom_dist.train.loop import train_stage
+from unicom_dist.train.pipeline import preflight
 from unicom_dist.train.signals import StopRequest
 from unicom_dist.train.watchdog import Watchdog
 
@@ -141,6 +142,14 @@ def test_sets_and_sources_that_are_not_there_are_refused(tmp_path: Path) -> None
     assert "train, photos, books, talks" in caught.value.why
     with pytest.raises(ConfigError, match="is not there"):
         ingest.run(with_source(config, tmp_path / "no.jsonl"), name="books")
+
+
+def test_a_set_that_was_not_made_is_found_before_anything_is_trained(config: Config) -> None:
+    preflight(config)
+    lacking = with_source(config, Path("any"), sets={**SETS, "stories": "interleaved"})
+    with pytest.raises(DataError, match=r"data.sets.stories: .* is not there") as caught:
+        preflight(lacking)
+    assert "unicom data ingest --set stories" in caught.value.remedy
 
 
 def test_losses_are_on_record_by_set_and_of_what_is_held_out_of_it(config: Config) -> None:

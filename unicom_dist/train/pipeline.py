@@ -16,10 +16,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from unicom_dist.config.errors import ConfigError, Preempted, PreflightError, UnicomError
+from unicom_dist.config.errors import ConfigError, DataError, Preempted, PreflightError, UnicomError
 from unicom_dist.config.layout import Layout, refusals
-from unicom_dist.config.schema import Config, StageConfig
+from unicom_dist.config.schema import EDITS, Config, StageConfig
 from unicom_dist.config.storage import storage_error
+from unicom_dist.data.manifest import Manifest
 from unicom_dist.tracking.metrics import MetricsWriter, read_metrics
 from unicom_dist.tracking.status import State, read_status, write_status
 
@@ -130,9 +131,22 @@ def finished(config: Config, stage: StageConfig) -> bool:
 
 
 def preflight(config: Config) -> None:
-    """PreflightError: the run directory cannot be written or its disk is nearly full. ConfigError: no stages."""
+    """PreflightError: the run directory cannot be written or its disk is nearly full. ConfigError: no stages.
+
+    DataError: a set of `data.sets` is not there, which a prior stage would find out hours later.
+    """
     if not config.stages:
         raise ConfigError("stages is empty", "there is nothing to train", "take recipes/quickstart.yaml as `base:`")
+    sets = config.data.sets if any(stage.kind == "prior" for stage in config.stages) else {}
+    for name in sets:
+        if not Manifest.file(Path(config.data.path) / name).is_file():
+            how = "unicom data ingest" if name == EDITS else f"unicom data ingest --set {name}"
+            raise DataError(
+                f"data.sets.{name}: {Path(config.data.path) / name} is not there, or unfinished",
+                "the prior's stages look for images in all sets that are named",
+                f"run `{how}`, or take {name} out of data.sets",
+                "docs/data.md#several-sets",
+            )
     folder = Path(config.run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
