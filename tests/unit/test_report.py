@@ -131,10 +131,17 @@ def test_losses_taken_apart_share_a_chart_and_raw_weights_stand_beside_the_avera
     with MetricsWriter(folder) as writer:
         for step in (1, 2, 3):
             parts = {f"loss_by_ratio/flow/{name}": 1.0 / step for name in ("1:1", "3:2", "1:4")}
-            writer.log("pretrain", step, {**parts, "loss_by_latents/flow/256": 0.5})
-        writer.log("pretrain", 60, {"loss_raw/flow": 0.07, "loss_raw/flow@0.1": 0.3}, kind="eval")
+            epochs = {"data/epochs/text": step / 9, "data/epochs/text_to_image/photos": step / 5}
+            writer.log("pretrain", step, {**parts, **epochs, "loss_by_latents/flow/256": 0.5})
+        of_photos = {"loss/text_photos": 4.0, "loss/flow_photos@0.1": 0.4}
+        writer.log("pretrain", 60, {"loss_raw/flow": 0.07, "loss_raw/flow@0.1": 0.3, **of_photos}, kind="eval")
     html = report.run([folder]).read_text()
     Page(html)
+    assert re.findall(r'aria-label="(epochs[^"]*)"', html) == ["epochs: text, text_to_image/photos over steps"]
+    assert re.findall(r'aria-label="([^":]* of photos[^":]*):', html) == [
+        "text loss of photos",
+        "flow loss of photos at t",
+    ]
     assert re.findall(r'aria-label="(flow loss by [^"]*)"', html) == ["flow loss by ratio: 1:4, 1:1, 3:2 over steps"]
     flow = re.findall(r'aria-label="flow loss: ([^"]*)"', html)
     assert flow == ["training, held-out over steps", "training, held-out, held-out, not averaged over steps"]

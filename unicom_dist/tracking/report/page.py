@@ -151,6 +151,9 @@ def _curve(run: Run, stage: str, name: str) -> Curve:
 
 
 def _title(name: str) -> str:
+    term, _, held_out = name.partition("_")  # loss/flow_photos: of that set
+    if term.startswith("loss/") and term in _NAMES and held_out:
+        return f"{_NAMES[term]} of {held_out}"
     return _NAMES.get(name, name.removeprefix("loss/").replace("_", " "))
 
 
