@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from unicom_dist.checkpoint.huggingface import write_qwen
 from unicom_dist.checkpoint.reshard import reshard
@@ -330,7 +329,7 @@ def test_nothing_is_overwritten_and_published_weights_must_be_whole(run, tmp_pat
     assert unicom(["convert", "export", str(checkpoint), str(tmp_path)]) == 2
     out = tmp_path / "qwen"
     assert unicom(["convert", "export", str(checkpoint), str(out), "--format", "qwen"]) == 0
-    content = yaml.safe_load((out / "config.json").read_text())
+    content = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 3}))
     capsys.readouterr()
     assert unicom(["convert", "import", str(out), str(tmp_path / "new.yaml")]) == 5

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from unicom_dist.data.samples import Content, Layouts, collate
 from unicom_dist.data.text import Tokenizer, Vocabulary
 from unicom_dist.models.backbone import Qwen2
 from unicom_dist.models.init import fill
-from unicom_dist.models.published import published_source, table_rows
+from unicom_dist.models.published import architecture, prior_section, published_source
+from unicom_dist.models.segments import Segment
 from unicom_dist.models.transfusion import Transfusion
 from unicom_dist.testing.tiny import tiny_config, write_tiny_assets
 
@@ -114,11 +116,93 @@ def test_first_loss_of_a_full_vocabulary_is_transformers(tmp_path: Path, tied: b
     assert (abs(float(losses.mean() - without_spare)) > 1e-3) == bool(spare)
 
 
-def test_a_published_folder_that_does_not_say_its_rows_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"prior\.init_from") as caught:
-        table_rows(tmp_path)
-    assert "vocab_size" in caught.value.why
+LANGUAGE = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def vision_language(form: str, tied: bool) -> Any:
+    """A model around a Qwen2, as transformers has it: the language model's place and configuration differ by form."""
+    import transformers
+
+    if form == "qwen2_5_vl":
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 0]}
+        tower = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 16}
+        return transformers.Qwen2_5_VLForConditionalGeneration(
+            transformers.Qwen2_5_VLConfig(
+                text_config={**LANGUAGE, "rope_parameters": rope, "bos_token_id": 0, "eos_token_id": 0},
+                vision_config=tower,
+                tie_word_embeddings=tied,
+            )
+        )
+    config, model = {
+        "llava": (transformers.LlavaConfig, transformers.LlavaForConditionalGeneration),
+        "llava_onevision": (transformers.LlavaOnevisionConfig, transformers.LlavaOnevisionForConditionalGeneration),
+    }[form]
+    text = {**LANGUAGE, "model_type": "qwen2", "rope_theta": 1e6}
+    return model(config(text_config=text, vision_config=SIGLIP, image_token_index=39, tie_word_embeddings=tied))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("form", ["llava", "llava_onevision", "qwen2_5_vl", "qwen2_5_vl published flat"])
+def test_the_language_model_of_a_vision_language_model_is_taken(tmp_path: Path, form: str, tied: bool) -> None:
+    torch.manual_seed(3)
+    theirs = vision_language(form.split()[0], tied).eval()
+    theirs.save_pretrained(tmp_path)
+    if form.endswith("flat"):  # Qwen's own folders have the language model's fields beside the others
+        content = json.loads((tmp_path / "config.json").read_text())
+        language = content.pop("text_config")
+        rope = language.pop("rope_parameters")
+        flat = {
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        }
+        (tmp_path / "config.json").write_text(json.dumps({**language, **content, **flat}))
+    section = prior_section(tmp_path)
+    assert section["tie_embeddings"] == tied
+    assert architecture(tmp_path).rows == ROWS
+    prior = PriorConfig.model_validate(section)
+    ours = Qwen2(prior, ROWS, seed=1)
+    fill(ours, published_source(prior, range(ROWS)))
+    tokens = torch.randint(0, ROWS - 1, (12,))  # the last means an image
+    with torch.no_grad():
+        logits = ours(tokens, torch.arange(12), [Segment(0, "causal", 12)])
+        torch.testing.assert_close(logits, theirs(tokens[None]).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "JSON file"),
+        ("{}", "model_type"),
+        ('{"model_type": "llama"}', "its language model is llama, the backbone is qwen2"),
+        ('{"model_type": "llava"}', "its language model is llama, the backbone is qwen2"),
+        ('{"model_type": "siglip"}', "its language model is siglip_text_model, the backbone is qwen2"),
+        ('{"model_type": "llava_qwen"}', "llava_qwen"),
+        ('{"model_type": "qwen2", "hidden_size": "wide"}', "hidden_size"),
+        ('{"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4.0}}', "scaled"),
+    ],
+)
+def test_a_folder_of_another_model_is_refused(tmp_path: Path, content: str, reason: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="cannot start from") as caught:
+        architecture(tmp_path)
+    assert reason in caught.value.why
 
 
 def test_incomplete_damaged_or_foreign_folders_are_refused(published: tuple[Path, Qwen2, bool]) -> None:
@@ -135,5 +219,5 @@ def test_incomplete_damaged_or_foreign_folders_are_refused(published: tuple[Path
     with pytest.raises(CheckpointError, match="lacks"):
         fill(network, published_source(shape, range(ROWS)))
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no readable config\.json"):
+    with pytest.raises(CheckpointError, match="cannot start from"):
         fill(network, published_source(shape, range(ROWS)))

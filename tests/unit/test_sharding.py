@@ -167,7 +167,7 @@ def test_a_rank_reads_its_cuts_of_published_weights(tmp_path: Path, rows: list[i
     save_file({n: p.detach() for n, p in published.named_parameters()}, tmp_path / "model.safetensors")
     shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
     more = {"intermediate_size": 48, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True}
-    (tmp_path / "config.json").write_text(json.dumps(shape | more))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"} | shape | more))
     source = published_source(TIED.model_copy(update={"init_from": str(tmp_path)}), rows)
     whole = {f"backbone.{name}": p.detach() for name, p in published.named_parameters()}
     whole["backbone.model.embed_tokens.weight"] = whole["backbone.model.embed_tokens.weight"][list(rows)]

@@ -90,6 +90,7 @@ def architecture(prior: PriorConfig, rows: int) -> dict[str, Any]:
         "max_position_embeddings": POSITIONS,
         "use_sliding_window": False,
         "vocab_size": rows,
-        **{key: getattr(prior, field) for field, key, _ in FIELDS},
+        **{key: getattr(prior, field) for field, key in FIELDS},
         "rope_theta": prior.rope_theta,
+        "tie_word_embeddings": prior.tie_embeddings,
     }

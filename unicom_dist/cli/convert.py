@@ -73,11 +73,11 @@ def reshard(
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Published Qwen2.5 weights with their tokenizer.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Published weights: a Qwen2.5, or a vision-language model around one.")],
     out: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to write; must not exist.")],
     base: Annotated[str, typer.Option(help="The recipe it changes.")] = "quickstart",
 ) -> None:
-    """Write a recipe that starts from published weights. They are read whole before.
+    """Write a recipe that starts from published weights, once all their tensors are there.
 
     Nothing is copied: training reads the published files, each rank its own part.
     """

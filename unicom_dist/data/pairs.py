@@ -18,7 +18,7 @@ from unicom_dist.data.npy import read_npy
 from unicom_dist.data.samples import TEMPLATE_TEXTS
 from unicom_dist.data.shardset import Sample, ShardSet
 from unicom_dist.data.text import Vocabulary
-from unicom_dist.models.published import table_rows
+from unicom_dist.models.published import architecture
 
 
 class Captions(NamedTuple):
@@ -47,7 +47,7 @@ def build_vocabulary(config: Config) -> Vocabulary:
     """
     if config.prior.vocabulary == "full":
         published = config.prior.init_from
-        return Vocabulary.full(config.prior.tokenizer, table_rows(Path(published)) if published else 0)
+        return Vocabulary.full(config.prior.tokenizer, architecture(Path(published)).rows if published else 0)
     least = config.prior.vocabulary_pictures
     groups = [list(TEMPLATE_TEXTS)] * least
     for name, kind in config.data.kinds.items():

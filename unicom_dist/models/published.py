@@ -1,7 +1,8 @@
 """Published Qwen2.5 folders into the backbone: `config.json` and one or several safetensors files.
 
-Only safetensors are read, tensor by tensor, of a cut matrix the cut. With a trimmed vocabulary the rows of the tables
-are picked by source id.
+Of a vision-language model around a Qwen2.5 (Qwen2.5-VL, LLaVA-OneVision and others) its language model is taken. Only
+safetensors are read, tensor by tensor, of a cut matrix the cut. With a trimmed vocabulary the rows of the tables are
+picked by source id.
 """
 
 import json
@@ -9,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,18 +22,20 @@ from unicom_dist.models.backbone import Qwen2
 from unicom_dist.models.init import Source
 from unicom_dist.parallel.engine import Piece
 
-# Our field, the published key, and what the architecture says where the key is missing.
+# Our field and the published key.
 FIELDS = (
-    ("hidden", "hidden_size", None),
-    ("layers", "num_hidden_layers", None),
-    ("heads", "num_attention_heads", None),
-    ("kv_heads", "num_key_value_heads", None),
-    ("ffn", "intermediate_size", None),
-    ("norm_eps", "rms_norm_eps", 1e-6),
-    ("tie_embeddings", "tie_word_embeddings", False),
+    ("hidden", "hidden_size"),
+    ("layers", "num_hidden_layers"),
+    ("heads", "num_attention_heads"),
+    ("kv_heads", "num_key_value_heads"),
+    ("ffn", "intermediate_size"),
+    ("norm_eps", "rms_norm_eps"),
 )
+# The languages of Qwen2-VL and Qwen2.5-VL are qwen2 where all three rotary positions are one, as in text and as here.
+QWEN2 = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 DOCS = "docs/checkpoints.md"
-TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+HEAD = "lm_head.weight"
+TABLES = ("model.embed_tokens.weight", HEAD)
 QK_NORMS = ("q_norm.weight", "k_norm.weight")  # Qwen2.5 has none
 
 
@@ -45,25 +48,21 @@ def published_source(config: PriorConfig, source_ids: Sequence[int]) -> Source:
     """
     folder = Path(config.init_from)
     check_architecture(config, folder)
-    files: dict[str, tuple[Path, Any]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with readable(path):
-            file: Any = safe_open(path, framework="pt")
-            files |= dict.fromkeys(file.keys(), (path, file))
+    published = _language_model(folder)
 
     def read(piece: Piece) -> Tensor:
         name = piece.name.removeprefix("backbone.")
-        if name not in files and name.endswith(QK_NORMS):
+        if name not in published and name.endswith(QK_NORMS):
             return torch.ones(piece.cut)
-        if name not in files:
+        if name not in published:
             raise CheckpointError(
                 f"{folder} lacks {name}",
                 "the model would start from a mixture of published and random weights",
                 "a folder with all *.safetensors of the model",
             )
-        path, file = files[name]
+        path, file, stored_name = published[name]
         with readable(path):
-            stored = file.get_slice(name)
+            stored = file.get_slice(stored_name)
             check_shape(piece, tuple(stored.get_shape()), name in TABLES, folder)
             mine = slice(piece.begin, piece.begin + piece.cut[piece.dim])
             if name in TABLES:
@@ -104,38 +103,73 @@ def quietly(library: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def table_rows(folder: Path) -> int:
-    """Rows of the published embedding, spare ones beyond the tokenizer's ids included. CheckpointError: not said."""
-    rows = _published_config(folder).get("vocab_size")
-    if not isinstance(rows, int):
-        raise CheckpointError(
-            f"prior.init_from = {folder}", "its config.json names no vocab_size", "a folder of published weights"
-        )
-    return rows
+class Architecture(NamedTuple):
+    """Of the language model in a published folder."""
+
+    fields: dict[str, Any]  # by the names of `PriorConfig`
+    rows: int  # of its tables, spare ones beyond the tokenizer's ids included
 
 
-def _published_config(folder: Path) -> dict[str, Any]:
+def architecture(folder: Path) -> Architecture:
+    """What `folder/config.json` says, as transformers reads it. CheckpointError: no Qwen2.5 in it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig  # here, since only a start from published weights needs it
+
     try:
-        published: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        if not (folder / "config.json").is_file():
+            raise ValueError("there is no config.json in it")
+        with quietly("transformers"):
+            whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        language = whole.get_text_config(decoder=True)
+        if language.model_type not in QWEN2:
+            raise ValueError(f"its language model is {language.model_type}, the backbone is qwen2")
+        rope = language.rope_parameters
+        if rope["rope_type"] != "default":
+            raise ValueError(f"its rotary frequencies are scaled ({rope['rope_type']}), the backbone's are not")
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(
-            f"prior.init_from = {folder}", f"no readable config.json there: {error}", "a folder of published weights"
+            f"the backbone cannot start from {folder}",
+            " ".join(str(error).splitlines()[:2]).strip(),
+            "prior.init_from = the folder of a Qwen2.5, or of a vision-language model around one",
+            DOCS,
         ) from error
-    return published
+    fields = {ours: getattr(language, key) for ours, key in FIELDS}
+    fields |= {"rope_theta": float(rope["rope_theta"]), "tie_embeddings": bool(whole.tie_word_embeddings)}
+    return Architecture(fields, language.vocab_size)
+
+
+class Stored(NamedTuple):
+    """A tensor in an open file."""
+
+    path: Path
+    file: Any
+    name: str
+
+
+def _language_model(folder: Path) -> dict[str, Stored]:
+    """The language model's tensors in `folder`, by the names Qwen2.5 has for them. CheckpointError: a damaged file.
+
+    They are where the one embedding of tokens is: LLaVA's under `language_model.model.`, others' under
+    `model.language_model.`.
+    """
+    stored: dict[str, Stored] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with readable(path):
+            file: Any = safe_open(path, framework="pt")
+            stored |= {name: Stored(path, file, name) for name in file.keys()}  # noqa: SIM118
+    embeddings = [name for name in stored if name.endswith("embed_tokens.weight")]
+    prefix = embeddings[0].removesuffix("embed_tokens.weight") if len(embeddings) == 1 else "model."
+    found = {"model." + name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
+    for name in stored:
+        if name.endswith(HEAD):
+            found[HEAD] = stored[name]
+    return found
 
 
 def check_architecture(config: PriorConfig, folder: Path) -> None:
-    """ConfigError naming every field in which the recipe and `folder/config.json` differ."""
-    published = _published_config(folder)
-    theta = published.get("rope_theta") or (published.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
-    expected = {field: published.get(key, default) for field, key, default in FIELDS} | {"rope_theta": theta}
+    """ConfigError naming every field in which the recipe and `folder/config.json` differ; else as `architecture`."""
+    expected = architecture(folder).fields
     different = {field: value for field, value in expected.items() if getattr(config, field) != value}
-    if published.get("model_type", "qwen2") != "qwen2":
-        raise ConfigError(
-            f"prior.init_from = {folder}",
-            f"a {published['model_type']} model, the backbone is qwen2",
-            "Qwen2.5 weights",
-        )
     if different:
         raise ConfigError(
             "prior: " + ", ".join(f"{field} = {getattr(config, field)}" for field in different),
@@ -169,22 +203,16 @@ def prior_section(folder: Path) -> dict[str, Any]:
 
     Reads the headers of the files alone. CheckpointError: not Qwen2, incomplete or damaged.
     """
-    published = _published_config(folder)
-    theta = published.get("rope_theta") or (published.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
-    section = {field: published.get(key, default) for field, key, default in FIELDS} | {"rope_theta": float(theta)}
+    section, rows = architecture(folder)
     try:
-        if published.get("model_type", "qwen2") != "qwen2":
-            raise ValueError(f"a {published['model_type']} model, the backbone is qwen2")
         with torch.device("meta"):
-            model = Qwen2(PriorConfig.model_validate(section), table_rows(folder))
+            model = Qwen2(PriorConfig.model_validate(section), rows)
     except ValueError as error:
         raise CheckpointError(
             f"{folder} cannot be imported", " ".join(str(error).splitlines()[:3]), "a folder of Qwen2.5 weights", DOCS
         ) from None
-    stored: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with readable(path), safe_open(path, framework="pt") as file:
-            stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    published = _language_model(folder)
+    stored = {name: tuple(file.get_slice(own).get_shape()) for name, (_, file, own) in published.items()}
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     wrong = sorted(name for name, shape in wanted.items() if stored.get(name) != shape)
     if wrong:

@@ -13,7 +13,7 @@ GUIDE_HEAD = 64  # channels of an attention head in the layers of a guide
 class PriorConfig(Section):
     """The Transfusion backbone (Qwen2.5 architecture) and its flow head."""
 
-    init_from: str = Field("", description="folder of published Qwen2.5 weights; empty = random initialisation")
+    init_from: str = Field("", description="folder of published Qwen2.5 weights, or of a vision-language model around a Qwen2.5; empty = random initialisation")
     tokenizer: str = Field("assets/qwen2.5-tokenizer", description="folder of the Qwen2.5 tokenizer")
     vocabulary: Literal["full", "trimmed"] = Field("full", description="`trimmed` keeps the ids of the training captions and all single bytes")
     vocabulary_pictures: PositiveInt = Field(1, description="trimmed: a token is kept when the texts of this many pictures use it, else spelled by smaller ones")
