@@ -73,7 +73,10 @@ def reshard(
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Published weights: a Qwen2.5, or a vision-language model around one.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="Published weights: a Qwen2.5, or a vision-language model around one."),
+    ],
     out: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to write; must not exist.")],
     base: Annotated[str, typer.Option(help="The recipe it changes.")] = "quickstart",
 ) -> None:
