@@ -2,13 +2,14 @@
 
 The rows (`unicom_dist.testing.segments`): t2i, captions of 96 tokens with an image of 256 to draw; und, a question, an
 image of 576 to read and an answer; inter, one document of 256 tokens and images of 256 in turn; mix, all of them; 2k
-to 8k positions. Four heads of 64 channels in float32: CPUs without bfloat16 units multiply it many times slower.
+to 8k positions. Four heads of 64 channels, in the dtype this CPU trains in: bfloat16 if it multiplies that, as CPUs
+with AVX2 alone do not (many times slower), else float32.
 
     efficiency = time of SDPA without a mask x visible pairs / all pairs / time
 
 so 1 is attention that computes what is visible at the full speed of torch's kernel, and nothing else.
 
-    python benchmarks/bench_attention.py [--rounds 5] [--only t2i2k ...]
+    python benchmarks/bench_attention.py [--rounds 5] [--only t2i2k ...] [--dtype float32]
 """
 
 import argparse
@@ -28,11 +29,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from unicom_dist.models import attention_plan
 from unicom_dist.models.attention import AttentionPlan, visible
-from unicom_dist.models.attention_kernels import FUSED
+from unicom_dist.models.attention_kernels import kernel_for
 from unicom_dist.models.attention_plan import documents
 from unicom_dist.models.flex import FlexPlan
 from unicom_dist.models.operations import visible_pairs
 from unicom_dist.models.segments import Segment
+from unicom_dist.parallel.precision import training_dtype
 from unicom_dist.testing.segments import LAYOUTS, layout
 
 HEADS, CHANNELS = 4, 64
@@ -41,7 +43,7 @@ WHOLE, OURS, BARE = "ours, samples whole", "ours", "ours, bare calls"
 NOTES = {CAUSAL: "another mask", UNMASKED: "all pairs"}
 
 
-def tensors(positions: int, heads: int, key_heads: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def tensors(positions: int, heads: int, key_heads: int, dtype: torch.dtype) -> list[Tensor]:
     """Query, key, value [S, H or G, K], and a gradient of the result."""
     draw = torch.Generator().manual_seed(0)
     shapes = [(positions, n, CHANNELS) for n in (heads, key_heads, key_heads, heads)]
@@ -62,11 +64,13 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 
-def by_sample(segments: Sequence[Segment], causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def by_sample(
+    segments: Sequence[Segment], dtype: torch.dtype, causal: bool
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """One call per sample with its own dense mask (what BAGEL does without a flash kernel), or a causal one."""
     samples = documents(segments)
     lengths = [sample.length for sample in samples]
-    masks = [None if causal else additive(visible(sample.segments), torch.float32) for sample in samples]
+    masks = [None if causal else additive(visible(sample.segments), dtype) for sample in samples]
 
     def attend(*qkv: Tensor) -> Tensor:
         parts = zip(*(x.split(lengths) for x in qkv), masks, strict=True)
@@ -75,20 +79,20 @@ def by_sample(segments: Sequence[Segment], causal: bool) -> Callable[[Tensor, Te
     return attend
 
 
-def methods(segments: list[Segment], every: bool = True) -> dict[str, Callable[..., Tensor]]:
+def methods(segments: list[Segment], dtype: torch.dtype, every: bool = True) -> dict[str, Callable[..., Tensor]]:
     """Each from query, key and value to the result; masks and plans are made here and not timed."""
-    plan = AttentionPlan.build(segments, torch.float32)
+    plan = AttentionPlan.build(segments, dtype)
     found: dict[str, Callable[..., Tensor]] = {UNMASKED: sdpa, OURS: lambda *qkv: plan(0, *qkv)}
     if not every:
         return found
-    mask = additive(visible(segments), torch.float32)
+    mask = additive(visible(segments), dtype)
     with patch.object(attention_plan, "CALL", math.inf):
-        whole = AttentionPlan.build(segments, torch.float32)
+        whole = AttentionPlan.build(segments, dtype)
     return {
         UNMASKED: sdpa,
         DENSE: lambda *qkv: sdpa(*qkv, mask),
-        SAMPLES: by_sample(segments, causal=False),
-        CAUSAL: by_sample(segments, causal=True),
+        SAMPLES: by_sample(segments, dtype, causal=False),
+        CAUSAL: by_sample(segments, dtype, causal=True),
         WHOLE: lambda *qkv: whole(0, *qkv),
         OURS: found[OURS],
     }
@@ -98,26 +102,27 @@ def methods(segments: list[Segment], every: bool = True) -> dict[str, Callable[.
 def bare_calls(segments: list[Segment], *qkv: Tensor, grad: Tensor) -> Callable[[], None]:
     """The kernel calls of our plan, forward and backward, on inputs that lie ready; their results are dropped."""
     inputs = []
-    for call in AttentionPlan.build(segments, torch.float32).calls:
+    kernel = kernel_for(qkv[0])
+    for call in AttentionPlan.build(segments, qkv[0].dtype).calls:
         query, d_out = (call.queries(x, HEADS).contiguous() for x in (qkv[0], grad))
         key, value = (call.keys(x, HEADS).contiguous() for x in qkv[1:])
         inputs.append((d_out, query, key, value, call.bias, call.causal))
 
     def run() -> None:
         for d_out, *given in inputs:
-            results = FUSED.forward(*given)
-            FUSED.backward(d_out, *given[:3], *results, *given[3:])
+            results = kernel.forward(*given)
+            kernel.backward(d_out, *given[:3], *results, *given[3:])
 
     return run
 
 
-def times(segments: list[Segment], key_heads: int, rounds: int) -> dict[str, Timing]:
+def times(segments: list[Segment], key_heads: int, dtype: torch.dtype, rounds: int) -> dict[str, Timing]:
     """Forward and backward."""
-    *qkv, grad = tensors(sum(s.length for s in segments), HEADS, key_heads)
+    *qkv, grad = tensors(sum(s.length for s in segments), HEADS, key_heads, dtype)
     every = key_heads == HEADS
     compared: dict[str, Callable[[], object]] = {
         name: lambda form=form: torch.autograd.grad(form(*qkv), qkv, grad)
-        for name, form in methods(segments, every).items()
+        for name, form in methods(segments, dtype, every).items()
     }
     if every:
         compared[BARE] = bare_calls(segments, *qkv, grad=grad)
@@ -169,7 +174,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as above")
     options = parser.parse_args()
+    dtype = training_dtype(options.dtype or "auto", torch.device("cpu"))
     torch.set_num_threads(1)
     rows, figures, ours, over_dense, over_samples = [], {}, {}, {}, []
     for name, key_heads in [*((name, HEADS) for name in options.only), ("t2i4k", 1)]:
@@ -178,7 +185,7 @@ def main() -> int:
         share = visible_pairs(segments) / positions**2
         title = name if key_heads == HEADS else f"{name}, shared keys"
         began = time.perf_counter()
-        found = times(segments, key_heads, options.rounds)
+        found = times(segments, key_heads, dtype, options.rounds)
         print(f"  {title}: {time.perf_counter() - began:.0f} s", flush=True)
         for method, timing in found.items():
             efficiency = found[UNMASKED].median * share / timing.median
@@ -215,7 +222,8 @@ def main() -> int:
     ]
     figures |= {"planning": planned, "errors": {"float32": exact, "bfloat16": low}}
     columns = ["row", "method", "ms", "over dense", "efficiency", "spread"]
-    return 0 if publish("bench_attention", columns, rows, goals, figures) else 1
+    name = "bench_attention" + ("_bfloat16" if dtype == torch.bfloat16 else "")
+    return 0 if publish(name, columns, rows, goals, figures) else 1
 
 
 if __name__ == "__main__":

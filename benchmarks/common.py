@@ -119,6 +119,8 @@ def publish(
     packages: Sequence[str] = (),
 ) -> bool:
     """Print the table and the goals and write `results/<name>.json`. Returns whether every goal was met."""
+    import torch
+
     _print_table(columns, rows)
     if goals:
         print()
@@ -127,7 +129,12 @@ def publish(
     content = {
         "benchmark": name,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "load": os.getloadavg()[0]},
+        "machine": {
+            "cores": os.cpu_count(),
+            "architecture": platform.machine(),
+            "vectors": torch.backends.cpu.get_cpu_capability(),
+            "load": os.getloadavg()[0],
+        },
         "versions": {"python": platform.python_version(), **_versions((*ALWAYS, *packages))},
         "figures": figures,
         "goals": [{**asdict(goal), "met": goal.met} for goal in goals],

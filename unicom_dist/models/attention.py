@@ -154,7 +154,7 @@ class _Packed(torch.autograd.Function):
         normalisers = []
         for call in calls:
             mine, seen = call.queries(q, groups), (call.keys(k, heads), call.keys(v, heads))
-            result, normaliser = kernel_for(mine, seen[0]).forward(mine, *seen, call.bias, call.causal)
+            result, normaliser = kernel_for(mine).forward(mine, *seen, call.bias, call.causal)
             call.put(out, result)
             normalisers.append(normaliser)
         ctx.save_for_backward(query, key, value, out, *normalisers)
@@ -173,7 +173,7 @@ class _Packed(torch.autograd.Function):
         for call, normaliser in zip(ctx.calls, normalisers, strict=True):
             mine, seen = call.queries(q, groups), (call.keys(k, heads), call.keys(v, heads))
             results = (call.queries(out, groups), normaliser)
-            dq, dk, dv = kernel_for(mine, seen[0]).backward(
+            dq, dk, dv = kernel_for(mine).backward(
                 call.queries(grad, groups), mine, *seen, *results, call.bias, call.causal
             )
             call.put(d_query, dq)
