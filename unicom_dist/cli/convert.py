@@ -80,7 +80,7 @@ def import_(
     out: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to write; must not exist.")],
     base: Annotated[str, typer.Option(help="The recipe it changes.")] = "quickstart",
 ) -> None:
-    """Write a recipe that starts from published weights, once all their tensors are there.
+    """Write a recipe that starts from published weights. All their tensors must be there.
 
     Nothing is copied: training reads the published files, each rank its own part.
     """
