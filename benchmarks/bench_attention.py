@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from unicom_dist.models import attention_plan
 from unicom_dist.models.attention import AttentionPlan, visible
-from unicom_dist.models.attention_kernels import kernel_for
+from unicom_dist.models.attention_kernels import Rectangle, kernel_for
 from unicom_dist.models.attention_plan import documents
 from unicom_dist.models.flex import FlexPlan
 from unicom_dist.models.operations import visible_pairs
@@ -64,9 +64,7 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 
-def by_sample(
-    segments: Sequence[Segment], dtype: torch.dtype, causal: bool
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def by_sample(segments: Sequence[Segment], dtype: torch.dtype, causal: bool) -> Callable[..., Tensor]:
     """One call per sample with its own dense mask (what BAGEL does without a flash kernel), or a causal one."""
     samples = documents(segments)
     lengths = [sample.length for sample in samples]
@@ -106,12 +104,11 @@ def bare_calls(segments: list[Segment], *qkv: Tensor, grad: Tensor) -> Callable[
     for call in AttentionPlan.build(segments, qkv[0].dtype).calls:
         query, d_out = (call.queries(x, HEADS).contiguous() for x in (qkv[0], grad))
         key, value = (call.keys(x, HEADS).contiguous() for x in qkv[1:])
-        inputs.append((d_out, query, key, value, call.bias, call.causal))
+        inputs.append((d_out, Rectangle(query, key, value, call.bias, call.causal)))
 
     def run() -> None:
-        for d_out, *given in inputs:
-            results = kernel.forward(*given)
-            kernel.backward(d_out, *given[:3], *results, *given[3:])
+        for d_out, rectangle in inputs:
+            kernel.backward(d_out, rectangle, *kernel.forward(rectangle))
 
     return run
 

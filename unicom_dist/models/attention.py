@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from unicom_dist.models.attention_kernels import computed_in, kernel_for
+from unicom_dist.models.attention_kernels import Rectangle, computed_in, kernel_for
 from unicom_dist.models.attention_plan import Document, Piece, plan_calls
 from unicom_dist.models.segments import Segment
 
@@ -150,11 +150,9 @@ class _Packed(torch.autograd.Function):
         """query [S, H, K], key and value [S, G, K] -> [S, H, K]."""
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         q, k, v = (x.to(computed_in(query)) for x in (query, key, value))
-        heads, groups = q.shape[1], k.shape[1]
-        normalisers = []
+        kernel, normalisers = kernel_for(q), []
         for call in calls:
-            mine, seen = call.queries(q, groups), (call.keys(k, heads), call.keys(v, heads))
-            result, normaliser = kernel_for(mine).forward(mine, *seen, call.bias, call.causal)
+            result, normaliser = kernel.forward(_rectangle(call, q, k, v))
             call.put(out, result)
             normalisers.append(normaliser)
         ctx.save_for_backward(query, key, value, out, *normalisers)
@@ -166,20 +164,26 @@ class _Packed(torch.autograd.Function):
         """Gradients of query, key and value; what several calls find for a key is summed in float32."""
         query, key, value, out, *normalisers = ctx.saved_tensors
         q, k, v, out, grad = (x.to(computed_in(query)) for x in (query, key, value, out, grads[0]))
-        heads, groups = q.shape[1], k.shape[1]
+        kernel, groups = kernel_for(q), k.shape[1]
         d_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         sums = torch.promote_types(key.dtype, torch.float32)
         d_key, d_value = (torch.zeros(x.shape, dtype=sums, device=x.device) for x in (key, value))
         for call, normaliser in zip(ctx.calls, normalisers, strict=True):
-            mine, seen = call.queries(q, groups), (call.keys(k, heads), call.keys(v, heads))
-            results = (call.queries(out, groups), normaliser)
-            dq, dk, dv = kernel_for(mine).backward(
-                call.queries(grad, groups), mine, *seen, *results, call.bias, call.causal
+            dq, dk, dv = kernel.backward(
+                call.queries(grad, groups), _rectangle(call, q, k, v), call.queries(out, groups), normaliser
             )
             call.put(d_query, dq)
             call.add(d_key, dk)
             call.add(d_value, dv)
         return None, d_query, d_key.to(key.dtype), d_value.to(value.dtype)
+
+
+def _rectangle(call: "_Cut | _Whole", query: Tensor, key: Tensor, value: Tensor) -> Rectangle:
+    """What `call` attends of query [S, H, K], key and value [S, G, K]."""
+    heads, groups = query.shape[1], key.shape[1]
+    return Rectangle(
+        call.queries(query, groups), call.keys(key, heads), call.keys(value, heads), call.bias, call.causal
+    )
 
 
 class _Cut:

@@ -67,8 +67,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
     query [B, H, Q, K], key and value [B, H or fewer, L, K] (a divisor: groups of query heads share one), bias
     broadcastable to [B, 1, Q, L], in query's dtype. Returns [B, H, Q, K].
-    The fused kernel, except in training with short bfloat16 sequences on CPUs: that kernel's backward takes 2 to 4
-    times as long as plain products up to 256 positions, and as long at 1024; its forward is the faster one.
+    The fused kernel, except in training with short bfloat16 sequences on CPUs: that kernel's backward takes 2 to 7
+    times as long as that of plain products up to 512 positions, 1.2 times at 1024; its forward is the faster one.
     """
     trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if trained and query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= LONGEST_PRODUCT:
